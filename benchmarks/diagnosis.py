@@ -6,16 +6,17 @@ Four causes are planted in the embedded model (`groundscope.testing.planted_fail
 in one color (not seen); color is removed from the projector's output (lost at the projector); tokens after the image cannot
 attend to it (not integrated); two heads of the last layer promote one answer for each noun (overridden by the prior). Answers
 are diagnosed that are right without the cause and wrong with it; for the planted heads, also right with the heads in place at
-strength 0. The baseline is the planted cause. The unchanged model is included without a goal: the causes of its errors are
-unknown.
+strength 0. The baseline is the planted cause. The planted heads answer from the noun of the question, but need not determine
+the answer about a blank image, so "overridden by the prior" and "overridden late" are both correct for them. The unchanged
+model is included without a goal: the causes of its errors are unknown.
 
 Probes are fitted on the changed model, as for any model under diagnosis, and on other images than those of the diagnosed
 answers. The first two causes only affect color, so only questions about color are asked; for the others questions of every
 kind, with an equal limit for each kind. Figures:
 
 CAUSE
-    share of the diagnosed answers whose verdict is the planted cause, with all verdicts by level, kind and split of the
-    questions;
+    share of the diagnosed answers whose verdict is correct for the planted cause, with all verdicts by level, kind and split of
+    the questions;
 seconds_for_200
     time of `diagnosis.diagnose` for 200 answers, without tracing and fitting, the largest over the causes.
 
@@ -56,7 +57,7 @@ from concepts.scenes.distributions import COLOR_NAMES
 from concepts.scenes.icons import NOUNS
 from concepts.schema import ConceptDataset, Example
 from diagnosis import Diagnoses, diagnose, fit_directions
-from diagnosis.results import LOST, NOT_INTEGRATED, NOT_SEEN, OVERRIDDEN, VERDICTS
+from diagnosis.results import LOST, NOT_INTEGRATED, NOT_SEEN, OVERRIDDEN, OVERRIDDEN_LATE, VERDICTS
 from groundscope.testing import planted_failures
 from lvlm import Head, Lvlm, load_lvlm
 
@@ -73,6 +74,8 @@ COUNT_PER_KIND = 60
 """Answers that are diagnosed for each kind of question, if every kind is asked."""
 UNCHANGED = "unchanged model"
 CAUSES = (*VERDICTS[:4], UNCHANGED)
+CORRECT = {**{cause: (cause,) for cause in (NOT_SEEN, LOST, NOT_INTEGRATED)}, OVERRIDDEN: (OVERRIDDEN, OVERRIDDEN_LATE)}
+"""Planted cause to the verdicts that are correct."""
 
 
 def plant_cause(model: Lvlm, cause: str, strength: float = 0.5, seed: int = 98) -> Lvlm:
@@ -146,7 +149,7 @@ def make_figure(diagnoses: Diagnoses, cause: str, data: ConceptDataset, seconds:
     n = len(diagnoses.wrong)
     entry: Figure = {"n": n}
     if cause != UNCHANGED:
-        entry = figure(counts[cause] / max(1, n), f">= {MIN_SHARE}", n)
+        entry = figure(sum(counts[verdict] for verdict in CORRECT[cause]) / max(1, n), f">= {MIN_SHARE}", n)
     return entry | {
         "threads": torch.get_num_threads(),
         "images": len({e.group for e in data}),
@@ -222,12 +225,13 @@ def make_record(figures: dict[str, Figure], options: argparse.Namespace) -> dict
 
 def print_verdicts(figures: dict[str, Figure]) -> None:
     """Print verdicts by cause and kind of question."""
-    table = Table("planted cause", "questions", *VERDICTS, "wrong", "share with the planted cause")
+    table = Table("planted cause", "questions", *VERDICTS, "wrong", "share that is correct")
     for name, entry in figures.items():
         cause = name.replace("_", " ")
         for kind, counts in {"all": entry["verdicts"], **entry["by_kind"]}.items():
             total = sum(counts.values())
-            share = f"{counts[cause] / max(1, total):.3f}" if cause in counts else ""
+            right = sum(counts[verdict] for verdict in CORRECT.get(cause, ()))
+            share = f"{right / max(1, total):.3f}" if cause in CORRECT else ""
             table.add_row(cause, kind, *(str(counts[verdict]) for verdict in VERDICTS), str(total), share)
     wide_console().print(table)
 

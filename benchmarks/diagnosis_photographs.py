@@ -10,7 +10,7 @@ is the planted cause. The heads that are planted as a cause answer from the noun
 answer about a blank image, so both verdicts of an override are correct for them, and both are counted. Figures, over all seeds:
 
 CAUSE
-    share of the diagnosed answers whose verdict is the planted cause;
+    share of the diagnosed answers whose verdict is correct for the planted cause;
 without_cause
     share of the answers to the planted causes with the verdicts "other" or "not readable"; for the unchanged model apart;
 right_beyond_threshold
@@ -47,7 +47,7 @@ from benchmarks._harness import (
     save_record,
     wide_console,
 )
-from benchmarks.diagnosis import CAUSES, COLOR, SPLITS, UNCHANGED, plant_cause
+from benchmarks.diagnosis import CAUSES, COLOR, CORRECT, SPLITS, UNCHANGED, plant_cause
 from concepts import scenes
 from concepts.nouns import asked_noun
 from concepts.schema import ConceptDataset, Example
@@ -56,7 +56,7 @@ from diagnosis.calibration import calibrate
 from diagnosis.claims import claims_of
 from diagnosis.probe_sets import probe_sets
 from diagnosis.readings import read_live, read_stored, read_tokens
-from diagnosis.results import LOST, NOT_INTEGRATED, NOT_SEEN, OVERRIDDEN, OVERRIDDEN_LATE, UNEXPLAINED, VERDICTS
+from diagnosis.results import LOST, NOT_SEEN, OVERRIDDEN, UNEXPLAINED, VERDICTS
 from groundscope.core.document_digest import value_digest
 from groundscope.testing.scene_photographs import save_as_photographs
 from lvlm import Lvlm, load_lvlm
@@ -70,8 +70,6 @@ COUNT_PER_KIND = 30
 """Answers that are diagnosed for each kind of question and seed."""
 MIN_SHARE, MAX_WITHOUT, MAX_BEYOND = 0.9, 0.2, 0.05
 """Goals: share with the planted cause, share without a cause, share of readings of right answers beyond the threshold."""
-CORRECT = {**{cause: (cause,) for cause in (NOT_SEEN, LOST, NOT_INTEGRATED)}, OVERRIDDEN: (OVERRIDDEN, OVERRIDDEN_LATE)}
-"""Planted cause to the verdicts that are correct."""
 
 
 @dataclass
@@ -135,8 +133,11 @@ def run_seed(cause: str, setting: str, seed: int, images: int, folder: Path, tal
             if cause in (NOT_SEEN, LOST):  # the cause concerns color only
                 wrong = [e for e in wrong if e.kind in COLOR]
             wrong = sample_by_kind(wrong)
+            others = [e for e in free if not correct[e.id]]
             right = [e for e in free if correct[e.id]]
-            diagnoses = diagnose(changed, store, directions, [*wrong, *right], with_sources=False, progress=False)
+            diagnoses = diagnose(
+                changed, store, directions, [*wrong, *right], with_sources=False, calibrate_on=others, progress=False
+            )
             beyond, n = beyond_threshold(changed, store, directions, right)
     counts = Counter(str(d.verdict) for d in diagnoses.wrong)
     for d in diagnoses.wrong:

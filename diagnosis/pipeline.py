@@ -49,8 +49,8 @@ from lvlm.model import Lvlm
 from lvlm.token_selection import ALL_IMAGE_TOKENS, IMAGE_MEAN
 
 MAX_CALIBRATION = 150
-"""Largest number of calibration examples per kind whose image tokens are read from the model, because a store has one vector
-per example."""
+"""Largest number of right answers, and of further wrong ones, per kind whose image tokens are read from the model for
+calibration, because a store has one vector per example."""
 PARTS = ("image", "prompt", "prior", "log_odds")
 """Fields of an answer's sources in a diagnosis."""
 MAX_CHECKED = 32
@@ -65,6 +65,7 @@ def diagnose(
     *,
     with_sources: bool = True,
     compare_ids: Collection[str] = (),
+    calibrate_on: Sequence[Example] = (),
     seed: int = 0,
     progress: bool | None = None,
 ) -> Diagnoses:
@@ -117,6 +118,9 @@ def diagnose(
         (`circuits.input_attribution.attribute`).
     compare_ids
         Ids of right answers whose log-odds are attributed too.
+    calibrate_on
+        Further examples of the store on which readings at image tokens are calibrated: wrong answers that are not diagnosed. They
+        get no verdict; with more of them, intervals are narrower and fewer verdicts are "not readable".
     seed
         Seed of the choice of neutral questions, and of right answers for calibration.
     progress
@@ -154,7 +158,7 @@ def diagnose(
     >>> all(diagnosis.model_answer != diagnosis.example["truth"] for diagnosis in diagnoses.wrong)
     True
     """
-    require_one_image(answers, "the diagnosis")
+    require_one_image([*answers, *calibrate_on], "the diagnosis")
     check_evaluating(model)
     check_store(model, store)
     check_origin(model, store, directions)
@@ -164,7 +168,8 @@ def diagnose(
     answers = [e for e in answers if len(e.candidates) > 1]
     concepts = dict.fromkeys(d.concept for d in directions)
     claims = {c.id: c for c in claims_of(store, opposites_of(answers, store.labels), concepts) if c is not None}
-    check_known(answers, claims)
+    calibrate_on = [e for e in calibrate_on if len(e.candidates) > 1]
+    check_known([*answers, *calibrate_on], claims)
     example_of = {e.id: e for e in answers}
     if unknown := next((name for name in compare_ids if name not in example_of), None):
         msg = f"compare_ids: '{unknown}' is not among the answers{nearest(unknown, example_of)}"
@@ -173,11 +178,12 @@ def diagnose(
     kinds = list(dict.fromkeys(claims[e.id].kind for e in wrong))
     with progress_bar(progress) as bar:
         task = bar.add_task("diagnosing", total=4 + int(with_sources))
-        live = _live_examples(sets, claims, example_of, wrong, seed)
+        live_of = {e.id: e for e in calibrate_on} | example_of
+        live = _live_examples(sets, claims, live_of, wrong, seed)
         tokens = read_tokens(model, sets, live)
         bar.advance(task)
         margins = {
-            id(s): read_live(tokens, s, [claims[e.id] for e in live], example_of)
+            id(s): read_live(tokens, s, [claims[e.id] for e in live], live_of)
             if s.tokens == ALL_IMAGE_TOKENS
             else read_stored(store, s, [c for c in claims.values() if c.kind in kinds])
             for s in sets
@@ -409,24 +415,27 @@ def _live_examples(
     wrong: Sequence[Example],
     seed: int,
 ) -> list[Example]:
-    """Return the examples whose image tokens are read: wrong answers, and right answers of each kind for calibration."""
+    """Return the examples whose image tokens are read: wrong answers, and others of each kind for calibration."""
     sets = [s for s in sets if s.tokens == ALL_IMAGE_TOKENS]
     if not sets:
         return []
     kinds = {claims[e.id].kind for e in wrong}
     train_groups = frozenset(g for s in sets for g in s.train_groups)
     chosen = [e for e in wrong if any(s.concepts_for(claims[e.id]) for s in sets)]
+    diagnosed = {e.id for e in wrong}
     for kind in sorted(kinds):
-        candidates = [
-            e
-            for e in example_of.values()
-            if claims[e.id].kind == kind
-            and claims[e.id].right
-            and claims[e.id].group not in train_groups
-            and any(s.concepts_for(claims[e.id]) for s in sets)
-        ]
-        order = np.random.default_rng(seed).permutation(len(candidates))[:MAX_CALIBRATION]
-        chosen += [candidates[int(i)] for i in sorted(order)]
+        for right in (True, False):
+            candidates = [
+                e
+                for e in example_of.values()
+                if claims[e.id].kind == kind
+                and claims[e.id].right == right
+                and e.id not in diagnosed
+                and claims[e.id].group not in train_groups
+                and any(s.concepts_for(claims[e.id]) for s in sets)
+            ]
+            order = np.random.default_rng(seed).permutation(len(candidates))[:MAX_CALIBRATION]
+            chosen += [candidates[int(i)] for i in sorted(order)]
     return chosen
 
 

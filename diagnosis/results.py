@@ -82,9 +82,10 @@ class Place:
     accuracy: float
     """Share of them in which the truth is decoded rather than another answer, with equal weight for each class."""
     low: float
-    """Lower end of the interval, clustered by image; the place is readable only if it is above chance, 0.5."""
+    """Lower end of the interval, clustered by image and widened by the number of places of the stage; the place is readable only
+    if it is above chance, 0.5."""
     high: float
-    """Upper end; a place that is not readable shows the absence of the concept only if it is below
+    """Upper end of the 95 % interval; a place that is not readable shows the absence of the concept only if it is below
     `diagnosis.verdicts.ABSENCE_ACCURACY`."""
     slope: float
     """Factor from the probes' margins to log-odds."""

@@ -63,7 +63,8 @@ def _diagnose(context: Context) -> Diagnoses | None:
     directions, fitted_to = _fit(context)
     untrained = [e for e in context.discovery if e.id in correct and e.group not in directions.train_groups]
     examples = [e for e in untrained if len(e.images) == 1]  # the causes are about the one image of a question
-    wrong = select_evenly([e for e in examples if correct[e.id] == 0], options.limit, seed=options.seed)
+    every_wrong = [e for e in examples if correct[e.id] == 0]
+    wrong = select_evenly(every_wrong, options.limit, seed=options.seed)
     if not wrong:
         return None
     right = [e for e in examples if correct[e.id] == 1]
@@ -74,6 +75,7 @@ def _diagnose(context: Context) -> Diagnoses | None:
         [*wrong, *right],
         with_sources=options.sources,
         compare_ids=[e.id for e in select_evenly(right, options.compared, seed=options.seed)],
+        calibrate_on=every_wrong,
         seed=options.seed,
     )
     about = {"left_out": dict(directions.left_out)} | ({"fitted_to": fitted_to} if fitted_to else {})

@@ -136,7 +136,7 @@ TABLE: Mapping[str, Stage] = MappingProxyType(
             needs=("examples", "trace"),
             options=_diagnose_options,
             work=_function("diagnose.make_diagnoses"),
-            version=3,
+            version=4,
             check=_function("diagnose.check"),
         ),
         "export": Stage(

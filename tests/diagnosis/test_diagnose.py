@@ -101,8 +101,23 @@ def test_log_odds_are_those_of_a_logistic_fit_with_one_more_wrong() -> None:
     best = minimize_scalar(lambda k: np.logaddexp(0, -k * every).sum(), bounds=(0, 10), method="bounded")
     assert calibration.slope == pytest.approx(best.x, rel=1e-3)
     assert calibration.accuracy == pytest.approx((margins > 0).mean())
-    # The threshold: at equal distance from 0 on both sides: 1 right answer in 20 is beyond it on the wrong side.
-    assert calibration.threshold == pytest.approx(-np.quantile(calibration.slope * margins, 0.05))
+    # The threshold, at equal distance from 0 on both sides: the 10th smallest of 200, 1 in 20 of 201 places for a new value.
+    assert calibration.threshold == pytest.approx(-sorted(calibration.slope * margins)[9])
+
+
+@pytest.mark.parametrize("n", [20, 30, 45])
+def test_a_new_right_answer_is_beyond_the_threshold_in_1_of_20_at_most(n: int) -> None:
+    rng = np.random.default_rng(3)
+    beyond = []
+    for _ in range(300):
+        margins, new = rng.normal(0.5, 1.0, n), rng.normal(0.5, 1.0, 200)
+        calibration = calibrate(
+            [np.array([m]) for m in margins], np.ones(n), [f"g{i}" for i in range(n)], margins > -9, 1
+        )
+        if calibration.slope:  # otherwise the place is not readable
+            beyond.append(np.mean([calibration.log_odds(m, 1.0) < -calibration.threshold for m in new]))
+    assert len(beyond) > 280
+    assert np.mean(beyond) < 0.05
 
 
 def test_two_sides_get_an_offset() -> None:
