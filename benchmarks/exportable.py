@@ -4,10 +4,11 @@
 
 The data is synthetic. For each seed the vector is derived from one half of 300 scenes (`derive.optimize`, as in the default
 run: one addition at the residual stream of the two middle layers, at every token), its strength is chosen on the other half
-within the guards of the default run, and it is tested on other scenes (300, seed 1000 + seed; captions of 120). The baseline is
-the unsteered model. Controls: additions of the same length in random directions, and a vector optimized for the answers of
-other questions (answers are exchanged between questions with the same candidates). Figures are means over seeds; ``worst`` is the
-worst seed.
+within the guards of the default run (captions of 150 images, with one standard error added to their losses), and it is tested
+on other scenes (150, seed 1000 + seed) and captions (300 scenes, seed 2000 + seed). The baseline is the unsteered model.
+Controls: additions of the same length in random directions, and a vector optimized for the answers of other questions (answers
+are exchanged between questions with the same candidates). Figures are means over seeds. ``worst`` is the worst seed; a goal
+holds if it holds there.
 
 wrong_by_prior_cut, false_yes_cut
     share of the errors that the vector removes; goal: at least half;
@@ -38,6 +39,7 @@ from benchmarks._harness import RESULTS, describe_device, finish, option_parser,
 from concepts import scenes
 from concepts.schema import ConceptDataset
 from experiments.config import SteerConfig
+from experiments.stages.steer import CAPTIONS, CAUTION
 from lvlm import load_lvlm
 from mitigation import SteeringVector, derive
 from mitigation.guard import Outcome, TextProbe, guard_limits, joined, measure_guards
@@ -82,7 +84,12 @@ def run_seed(seed: int, images: int, test_images: int, captions: int) -> dict[st
     vector = derive.optimize(model, list(questions), **preservation, layers=layers, progress=False)
     sweep = sweep_strengths(model, other_questions, {"v": (vector, STRENGTHS)}, limits=limits, progress=False)["v"]
     _, chosen = choose_guarded(
-        model, {"v": (vector, sweep)}, TextProbe.of(model, second), limits=limits, progress=False
+        model,
+        {"v": (vector, sweep)},
+        TextProbe.of(model, second, captions=CAPTIONS),
+        limits=limits,
+        caution=CAUTION,
+        progress=False,
     )
     vector = vector.scaled(chosen["strength"])
     control = derive.optimize(model, exchanged(questions), **preservation, layers=layers, progress=False)
@@ -90,7 +97,7 @@ def run_seed(seed: int, images: int, test_images: int, captions: int) -> dict[st
     vectors |= {"random direction": vector.randomized(seed), "exchanged answers": control.scaled(chosen["strength"])}
     data = scenes.dataset(test_images, seed=1000 + seed).filter(lambda e: bool(e.candidates))
     results = answer_under(model, data, vectors, progress=False)
-    probe = TextProbe.of(model, scenes.dataset(test_images, seed=1000 + seed), captions=captions)
+    probe = TextProbe.of(model, scenes.dataset(captions, seed=2000 + seed), captions=captions)
     before = joined(Outcome(data, results["before"]), probe.outcome(model, None))
     after = joined(Outcome(data, results["vector"]), probe.outcome(model, vector))
     measured = measure_guards(before, after)
@@ -151,7 +158,7 @@ def make_figures(rows: list[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
     for short, name in SHORT.items():
         cuts = [row["cut"]["vector"][name] for row in rows]
-        add(f"{short}_cut", cuts, ">= 0.5", holds=float(np.mean(cuts)) >= 0.5, worst=min(cuts))
+        add(f"{short}_cut", cuts, ">= 0.5", holds=min(cuts) >= 0.5, worst=min(cuts))
         for control in ("random direction", "exchanged answers"):
             values = [row["cut"][control][name] for row in rows]
             less = float(np.mean(values)) < float(np.mean(cuts)) / 2
@@ -164,7 +171,7 @@ def make_figures(rows: list[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
             )
     for short, (guard, limit) in LOSSES.items():
         values = [row["guards"][guard][2] for row in rows]
-        add(short, values, f"<= {limit:g}", holds=float(np.mean(values)) <= limit, worst=max(values))
+        add(short, values, f"<= {limit:g}", holds=max(values) <= limit, worst=max(values))
     return figures
 
 
@@ -172,13 +179,13 @@ def main() -> None:
     """Run, print the table, and as the last line one JSON object."""
     parser = option_parser(__doc__, quick="one seed and few scenes, about a minute", save=True)
     parser.add_argument("--seeds", default="0,1,2,3,4", help="seeds, separated by commas")
-    parser.add_argument("--test-scenes", type=int, default=300, help="scenes of the test (default: 300)")
+    parser.add_argument("--test-scenes", type=int, default=150, help="scenes of the test (default: 150)")
     options = parser.parse_args()
     wide_console().print(
         "Compares the exportable vector with the unsteered model, random directions and exchanged answers."
     )
     seeds = [0] if options.quick else [int(s) for s in options.seeds.split(",")]
-    sizes = (80, 40, 20) if options.quick else (300, options.test_scenes, 120)
+    sizes = (80, 40, 20) if options.quick else (300, options.test_scenes, 300)
     start, rows = time.perf_counter(), []
     for seed in seeds:
         with progress(f"seed {seed}"):

@@ -24,7 +24,7 @@ from circuits import intervened
 from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import ConfigError
 from groundscope.core.registry import Registry
-from groundscope.core.statistics import Estimate, cluster_bootstrap, estimate, ratio
+from groundscope.core.statistics import Estimate, cluster_bootstrap, estimate, group_totals, ratio
 from groundscope.core.text import nearest
 
 if TYPE_CHECKING:
@@ -325,6 +325,44 @@ def losses(before: Outcome, after: Outcome, names: Sequence[str] | None = None) 
                 ]
                 result[name] = guard.loss(*values)
     return result
+
+
+def loss_errors(before: Outcome, after: Outcome, names: Sequence[str] | None = None) -> dict[str, float]:
+    """Return the standard error of the loss of each guard that the data have: paired, and clustered by image.
+
+    By the delta method: a ratio ``r = sum a / sum b`` depends on row i by ``(a_i - r b_i) / sum b``; the contributions of the
+    rows of an image are added (Cochran 1977, Sampling Techniques, ch. 6).
+
+    Examples
+    --------
+    >>> from dataclasses import replace
+    >>> import groundscope as gs
+    >>> from mitigation.guard import Outcome, loss_errors
+    >>> data = gs.ConceptDataset("questions", gs.scenes.dataset(10, splits=["neutral"])[:8])
+    >>> answers = gs.answer(gs.load_lvlm("tiny"), data, progress=False)
+    >>> loss_errors(Outcome(data, answers), Outcome(data, answers), ["neutral"])
+    {'neutral': 0.0}
+    """
+    result: dict[str, float] = {}
+    for name, guard in guards.usable().items():
+        if names is None or name in names:
+            first, second = guard.rows(before, before), guard.rows(after, before)
+            if first is not None and second is not None:
+                (table, groups), (other, _) = first, second
+                result[name] = _loss_error(guard, table, other, groups)
+    return result
+
+
+def _loss_error(guard: Guard, table: np.ndarray, other: np.ndarray, groups: Sequence[Hashable]) -> float:
+    """Return the standard error of a loss; NaN where a ratio is not defined."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        (a, b), (c, d) = table.T, other.T
+        change = (c - c.sum() / d.sum() * d) / d.sum() - (a - a.sum() / b.sum() * b) / b.sum()
+        if guard.worse == "another length":
+            change = change / (a.sum() / b.sum())
+    totals = group_totals(change[:, None], groups)[:, 0]
+    n = len(totals)
+    return float(np.sqrt(n / (n - 1) * (totals**2).sum())) if n > 1 else float("inf")
 
 
 def excess(values: Mapping[str, float], limits: Mapping[str, float | None]) -> float:

@@ -13,7 +13,7 @@ from concepts.schema import ConceptDataset
 from groundscope.core.errors import ConfigError
 from groundscope.core.statistics import Estimate
 from lvlm import Lvlm, Sampling
-from mitigation.guard import ON_QUESTIONS, Outcome, TextProbe, excess, guard_limits, losses
+from mitigation.guard import ON_QUESTIONS, Outcome, TextProbe, excess, guard_limits, loss_errors, losses
 from mitigation.steering.vector import SteeringVector
 
 RULE = "the fewest errors by prior among the strengths at which no guard loses more than its limit"
@@ -237,6 +237,7 @@ def choose_guarded(
     probe: TextProbe,
     *,
     limits: Mapping[str, float | None] | None = None,
+    caution: float = 0.0,
     batch_size: int = 64,
     progress: bool | None = None,
 ) -> tuple[str, Row]:
@@ -255,6 +256,10 @@ def choose_guarded(
         Captions and texts; of images that will not test the vector.
     limits
         As for `sweep_strengths`.
+    caution
+        Number of standard errors (`mitigation.guard.loss_errors`) that are added to losses on free text before they are
+        compared with their limits. With 0, the strongest vector whose measured loss is within the limit is chosen, whose loss on
+        other images is often larger. 1 suits a vector that acts on every token of a description.
     batch_size, progress
         As for `answer_under`.
 
@@ -287,7 +292,9 @@ def choose_guarded(
         after = probe.outcome(model, sweeps[name][0].scaled(row["strength"]), batch_size=batch_size, progress=progress)
         lost = {item: loss for item, loss in losses(before, after).items() if item not in ON_QUESTIONS}
         row.update({f"{LOSS}{item}": value for item, value in lost.items()})
-        row["excess"] = max(row.get("excess", 0.0), excess(lost, limits))
+        errors = loss_errors(before, after, list(lost)) if caution else dict.fromkeys(lost, 0.0)
+        bounds = {item: loss + caution * errors[item] for item, loss in lost.items()}
+        row["excess"] = max(row.get("excess", 0.0), excess(bounds, limits))
         if row["excess"] <= 1:
             return name, row
     return unchanged

@@ -119,7 +119,7 @@ TABLE: Mapping[str, Stage] = MappingProxyType(
             needs=("examples", "trace", "patch"),
             options=lambda c: [asdict(c.config.steer), c.model_key()],
             work=_function("steer.make_steering"),
-            version=5,
+            version=6,
             check=_function("steer.check"),
         ),
         "evaluate": Stage(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ from mitigation.strength import RULE, Row, choose_guarded, cost_measures
 
 EXPORTABLE = "exportable.safetensors"
 """File of the exportable vector."""
+CAPTIONS, CAUTION = 150, 1.0
+"""Largest number of captions on which the strength of the exportable vector is chosen, and standard errors that are added to its
+losses there: it acts on every token of a caption."""
 _NO_HEAD = "no head to act on, since patching could score none"
 
 
@@ -128,7 +131,6 @@ def make_steering(context: Context, root: Path) -> str:
         left_out[options.method] = _NO_HEAD
     else:
         derived = _derive_possible({options.method: partial(make_vector, method, data)}, left_out)
-    probe = _make_probe(context)
     summary = f"no vector: {left_out.get(options.method, '')}"
     chosen: Row = {"strength": 0.0}
     record |= {"chosen": chosen, "sweep": [chosen], "curves": {}}
@@ -149,8 +151,9 @@ def make_steering(context: Context, root: Path) -> str:
             {name: (item, [unit * s for s in options.strengths]) for name, (item, unit) in candidates.items()},
             limits=limits,
         )
+        probe = TextProbe.of(context.model, _halves(context.discovery)[1])
         _, chosen = choose_guarded(
-            context.model, {options.method: (vector, curves[options.method])}, probe(), limits=limits
+            context.model, {options.method: (vector, curves[options.method])}, probe, limits=limits
         )
         vector = vector.scaled(chosen["strength"])
         vector.save(root / "vector.safetensors")
@@ -167,7 +170,7 @@ def make_steering(context: Context, root: Path) -> str:
             f"on images not tested on, errors {sweep[0]['harm']:.3f} -> {chosen['harm']:.3f}, "
             f"{loss}"
         )
-    exportable = _make_exportable(context, root, data, vector, probe, limits, left_out)
+    exportable = _make_exportable(context, root, data, vector, limits, left_out)
     write_json(root / "sweep.json", {**record, "exportable": exportable, "left_out": left_out})
     if exportable is not None and exportable["chosen"]["strength"]:
         before, after = (exportable["curves"][exportable["name"]][0]["harm"], exportable["chosen"]["harm"])
@@ -197,7 +200,6 @@ def _make_exportable(
     root: Path,
     data: DerivationData,
     best: SteeringVector | None,
-    probe: Callable[[], TextProbe],
     limits: Mapping[str, float | None],
     left_out: dict[str, str],
 ) -> dict[str, Any] | None:
@@ -231,8 +233,9 @@ def _make_exportable(
         {f: (v, [units[f] * s for s in options.exportable_strengths]) for f, v in vectors.items()},
         limits=limits,
     )
+    probe = TextProbe.of(context.model, _halves(context.discovery)[1], captions=CAPTIONS)
     name, chosen = choose_guarded(
-        context.model, {f: (v, sweeps[f]) for f, v in vectors.items()}, probe(), limits=limits
+        context.model, {f: (v, sweeps[f]) for f, v in vectors.items()}, probe, limits=limits, caution=CAUTION
     )
     if chosen["strength"]:
         vectors[name].scaled(chosen["strength"]).save(root / EXPORTABLE, data.model)
@@ -245,11 +248,6 @@ def _make_exportable(
         "chosen": chosen,
         "curves": curves,
     }
-
-
-def _make_probe(context: Context) -> Callable[[], TextProbe]:
-    """Return a function that makes the captions and texts of the half on which strengths are chosen, once."""
-    return cache(lambda: TextProbe.of(context.model, _halves(context.discovery)[1]))
 
 
 def _halves(examples: ConceptDataset) -> tuple[ConceptDataset, ConceptDataset]:

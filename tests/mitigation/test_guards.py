@@ -18,6 +18,7 @@ from mitigation.guard import (
     caption_prompts,
     excess,
     guard_limits,
+    loss_errors,
     losses,
     measure_guards,
     not_measured,
@@ -97,6 +98,33 @@ def test_captions_and_plain_text_by_hand() -> None:
     assert set(losses(bare, bare)) == {"caption_length"}
 
 
+def test_errors_of_losses_are_those_of_the_plain_formula_and_of_resampled_images() -> None:
+    rng = np.random.default_rng(0)
+    nouns = ("apple", "car", "dog", "cat", "bird")
+
+    def caption(shown: tuple[str, ...], share: float) -> str:
+        named = [noun for noun in nouns if rng.random() < (share if noun in shown else 0.2)]
+        return " , ".join(["a picture", *(f"a {noun}" for noun in named)])
+
+    shown = [tuple(rng.permutation(nouns)[: rng.integers(2, 5)]) for _ in range(120)]
+    before = outcome([], [described(str(i), caption(s, 0.9), s) for i, s in enumerate(shown)])
+    after = outcome([], [described(str(i), caption(s, 0.8), s) for i, s in enumerate(shown)])
+    errors = loss_errors(before, after)
+    # Words: a mean over images, so the error is that of a mean of paired differences.
+    words = np.array([[len((a.text or "").split()) for a in o.answers.answers] for o in (before, after)], float)
+    difference = words[1] - words[0]
+    assert errors["caption_length"] == pytest.approx(difference.std(ddof=1) / np.sqrt(120) / words[0].mean())
+    for name in ("chair", "caption_recall"):
+        tables = [rows[0] for o in (before, after) if (rows := guards[name].rows(o, before)) is not None]
+        pairs = []
+        for _ in range(2000):
+            at = rng.integers(0, 120, 120)
+            (a, b), (c, d) = (table[at].sum(0) for table in tables)
+            pairs.append(c / d - a / b)
+        assert errors[name] == pytest.approx(np.std(pairs), rel=0.1)
+    assert loss_errors(before, before) == dict.fromkeys(errors, 0.0)
+
+
 def test_limits_are_defaults_max_drop_and_overrides() -> None:
     limits = guard_limits({"chair": 0.05, "yes_ratio": None}, max_drop=0.02)
     assert (limits["recall"], limits["neutral"], limits["chair"], limits["yes_ratio"]) == (0.02, 0.02, 0.05, None)
@@ -150,6 +178,28 @@ def test_the_choice_takes_the_least_harm_at_which_every_guard_holds(monkeypatch:
     assert rows[2]["excess"] == 50
     with pytest.raises(ConfigError, match="add strength 0"):
         choose_guarded(model, {"one": (vector, [row(1.0, 0.3, 2.0)])}, probe)
+
+
+@pytest.mark.parametrize(("caution", "strength"), [(0.0, 1.0), (1.0, 0.0)])
+def test_a_cautious_choice_adds_the_error_of_the_loss(
+    monkeypatch: pytest.MonkeyPatch, caution: float, strength: float
+) -> None:
+    model = shared_model()
+    vector = SteeringVector({2: AddChange(np.eye(192)[0])}, "all", 1.0, model.name, model.config_hash)
+    rows = [{"strength": s, "harm": 1 - s, "cost": 0.0, "excess": 0.0} for s in (0.0, 1.0)]
+
+    def outcome_of(_probe: TextProbe, _model: Any, steered: SteeringVector | None, **_: Any) -> Outcome:
+        lost = {"7"} if steered is not None else set()  # one of 60: 1.7 points, with an error of 1.7
+        return outcome(
+            [], [described(str(i), "a dog" if str(i) in lost else "an apple", ("apple",)) for i in range(60)]
+        )
+
+    monkeypatch.setattr(TextProbe, "outcome", outcome_of)
+    probe = TextProbe(ConceptDataset("none", ()), None)
+    limits = guard_limits({"chair": None})
+    _, chosen = choose_guarded(model, {"one": (vector, rows)}, probe, limits=limits, caution=caution)
+    assert chosen["strength"] == strength
+    assert rows[1][f"{LOSS}caption_recall"] == pytest.approx(1 / 60)
 
 
 def test_a_sweep_has_the_losses_of_the_guards_on_questions() -> None:
