@@ -13,8 +13,8 @@ KIND_METHOD_best_five
 KIND_METHOD_first_head
     effect on photographs of the best head of the scenes; the goal is its interval on scenes.
 
-The table also shows how far the edit moves the margin of the answer, and how far a placebo edit does, after which the true
-answer is the same.
+A method with fewer than 10 pairs has a row in the table, but no figures. The table also shows how far the edit moves the margin
+of the answer, and how far a placebo edit does, after which the true answer is the same.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ from lvlm.model import Lvlm
 KINDS = ("object", "color", "relation")
 MIN_CORRELATION = 0.9
 """Goal: correlation of photographs and scenes, as a share of the scenes' own split-half correlation."""
+MIN_PAIRS = 10
+"""Smallest number of pairs of photographs for figures."""
 MIN_OVERLAP = {"object": 4, "color": 4, "relation": 0}
 """Goal: heads in common among the best five."""
 
@@ -103,6 +105,8 @@ def measure_kind(
                 "moved by placebo": placebo_moved(model, photographs, kind, method, count),
             }
         )  # fmt: skip
+        if scores.n_pairs < MIN_PAIRS:
+            continue
         name = f"{kind}_{method}"
         figures[f"{name}_correlation_share"] = {
             "value": round(correlation / ceiling, 3), "goal": f">= {MIN_CORRELATION}",

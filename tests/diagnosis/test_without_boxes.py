@@ -251,6 +251,26 @@ def test_a_planted_cause_is_diagnosed_without_boxes(
     assert all(d.true_clause.startswith("the ") for d in named)
 
 
+def test_wrong_answers_without_a_verdict_calibrate_the_image_tokens(
+    lost: tuple[Any, ActivationStore, ConceptDataset, DirectionSet],
+) -> None:
+    model, store, data, directions = lost
+    frame = store.frame()
+    correct = dict(zip(frame["id"], frame["correct"], strict=True))
+    colors = [e for e in data if e.kind == "what_color" and e.group not in directions.train_groups]
+    wrong, right = ([e for e in colors if correct[e.id] == side] for side in (0, 1))
+    alone, more = (
+        diagnose(model, store, directions, [wrong[0], *right], with_sources=False, calibrate_on=others, progress=False)
+        for others in ((), wrong)
+    )
+    assert [d.example["id"] for d in more.wrong] == [wrong[0].id]
+    for a, b in zip(alone.places, more.places, strict=True):
+        at_each_token = a.tokens == "image:all"
+        assert b.n - a.n == (len(wrong) - 1 if at_each_token else 0)
+        # The same share of a class in more examples has a narrower interval.
+        assert not at_each_token or b.high - b.accuracy < a.high - a.accuracy
+
+
 def test_images_that_probes_of_other_data_were_fitted_to_are_not_diagnosed(
     lost: tuple[Any, ActivationStore, ConceptDataset, DirectionSet], tmp_path: Path
 ) -> None:
