@@ -17,6 +17,7 @@ from experiments.run.context import Context
 from experiments.run.folder import write_json
 from groundscope.core.errors import ConfigError, DataError, PatchError, ProbeError, SiteError
 from groundscope.core.text import nearest
+from lvlm.model import Lvlm
 from lvlm.token_selection import STEERABLE, TokenSelection
 from mitigation import CONTROLS, DerivationData, MitigationMethod, SteeringVector, export, mitigations, sweep_strengths
 from mitigation.guard import TextProbe, guard_limits
@@ -234,9 +235,7 @@ def _make_exportable(
         limits=limits,
     )
     probe = TextProbe.of(context.model, _halves(context.discovery)[1], captions=CAPTIONS)
-    name, chosen = choose_guarded(
-        context.model, {f: (v, sweeps[f]) for f, v in vectors.items()}, probe, limits=limits, caution=CAUTION
-    )
+    name, chosen, sweeps, caution = _choose_cautiously(context.model, vectors, sweeps, probe, limits)
     if chosen["strength"]:
         vectors[name].scaled(chosen["strength"]).save(root / EXPORTABLE, data.model)
     method, _, site = name.removeprefix("exportable: ").partition(" at ")
@@ -246,8 +245,29 @@ def _make_exportable(
         "site": site,
         "name": name.removeprefix("exportable: "),
         "chosen": chosen,
+        "caution": caution,
         "curves": curves,
     }
+
+
+def _choose_cautiously(
+    model: Lvlm,
+    vectors: Mapping[str, SteeringVector],
+    sweeps: Mapping[str, list[Row]],
+    probe: TextProbe,
+    limits: Mapping[str, float | None],
+) -> tuple[str, Row, dict[str, list[Row]], float]:
+    """Return the chosen vector and row, the rows with their losses on free text, and the caution.
+
+    With few captions the standard errors exceed the limits, and no strength is allowed: then losses are compared without them.
+    """
+    for caution in (CAUTION, 0.0):
+        rows = {name: [dict(row) for row in sweep] for name, sweep in sweeps.items()}
+        candidates = {name: (vector, rows[name]) for name, vector in vectors.items()}
+        name, chosen = choose_guarded(model, candidates, probe, limits=limits, caution=caution)
+        if chosen["strength"]:
+            return name, chosen, rows, caution
+    return name, chosen, rows, 0.0
 
 
 def _halves(examples: ConceptDataset) -> tuple[ConceptDataset, ConceptDataset]:

@@ -267,8 +267,7 @@ def test_wrong_answers_without_a_verdict_calibrate_the_image_tokens(
     for a, b in zip(alone.places, more.places, strict=True):
         at_each_token = a.tokens == "image:all"
         assert b.n - a.n == (len(wrong) - 1 if at_each_token else 0)
-        # The same share of a class in more examples has a narrower interval.
-        assert not at_each_token or b.high - b.accuracy < a.high - a.accuracy
+        assert not at_each_token or b.high - b.low < a.high - a.low
 
 
 def test_images_that_probes_of_other_data_were_fitted_to_are_not_diagnosed(

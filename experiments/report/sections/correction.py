@@ -60,6 +60,12 @@ def _place(run: RunFiles) -> str:
     return run.config.steer.site or f"heads {', '.join(run.top_heads)}"
 
 
+_WITHOUT_ERROR = (
+    " There are too few captions to show that they lose less than the limits: the losses are within the limits, but not with a "
+    "standard error added."
+)
+
+
 def _exportable(record: Mapping[str, Any]) -> str:
     """Return the sentence on the vector that other software can hold."""
     strength = record["chosen"]["strength"]
@@ -70,6 +76,7 @@ def _exportable(record: Mapping[str, Any]) -> str:
     return paragraph(
         f"Exportable vector: {record['name']} with strength {strength:g}, the best of {len(record['curves'])} that add the same "
         "to every input, as other software can. It is derived on one half of the discovery images and chosen on the other."
+        + (_WITHOUT_ERROR if record.get("caution") == 0 else "")
     )
 
 
