@@ -1,6 +1,9 @@
 """Public names of `mitigation`, each with its module."""
 
 from . import preference
+from .detectors.lure import lure_scores
+from .detectors.metatoken import classify_mentions, metatoken_features
+from .detectors.scores import MentionScores
 from .guard import Guard, GuardResult, Outcome, TextProbe, guard_limits, guards, measure_guards
 from .method_data import DerivationData
 from .methods import CONTROLS, MitigationMethod, mitigations
@@ -41,6 +44,7 @@ __all__ = [
     "ForwardCost",
     "Guard",
     "GuardResult",
+    "MentionScores",
     "Mitigation",
     "MitigationMethod",
     "Outcome",
@@ -58,6 +62,7 @@ __all__ = [
     "augment",
     "choose_guarded",
     "choose_strength",
+    "classify_mentions",
     "combine",
     "compose",
     "derive",
@@ -65,8 +70,10 @@ __all__ = [
     "exports",
     "guard_limits",
     "guards",
+    "lure_scores",
     "match_displacement",
     "measure_guards",
+    "metatoken_features",
     "mitigations",
     "move_to_heads",
     "preference",

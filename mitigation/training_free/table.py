@@ -28,6 +28,7 @@ from mitigation.training_free.methods.nullu import Nullu
 from mitigation.training_free.methods.pai import PAI
 from mitigation.training_free.methods.revisit import ReVisiT
 from mitigation.training_free.methods.ritual import RITUAL
+from mitigation.training_free.methods.self_consistency import SelfConsistency
 from mitigation.training_free.methods.skip_newline import SkipNewline
 from mitigation.training_free.methods.spin import SPIN
 from mitigation.training_free.methods.steering import Steering
@@ -70,6 +71,7 @@ training_free_methods: Registry[type[TrainingFree]] = Registry(
         "pai": PAI,
         "revisit": ReVisiT,
         "ritual": RITUAL,
+        "self_consistency": SelfConsistency,
         "skip_newline": SkipNewline,
         "spin": SPIN,
         "steering": Steering,
