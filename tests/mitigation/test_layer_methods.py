@@ -12,8 +12,9 @@ from torch import Tensor
 
 import groundscope as gs
 from groundscope.core.errors import ConfigError, ModelError
+from lvlm.decoding.beam import Beams, beam_search
 from lvlm.decoding.decoder import AnswerRule, Step
-from lvlm.decoding.loop import generate
+from lvlm.decoding.loop import DecodingRun, generate, prompts_of
 from mitigation.training_free.lens import jensen_shannon, reverse_jensen_shannon
 from mitigation.training_free.methods.deco import DeCo, corrected, truncated
 from mitigation.training_free.methods.dola import DoLa, bucket_layers, layer_contrast, penalized
@@ -253,6 +254,38 @@ def test_revisit_takes_the_nearest_image_token_among_candidates_only() -> None:
 def test_revisit_refuses_a_family_without_image_tokens() -> None:
     with pytest.raises(ModelError, match="ReVisiT acts on image tokens of the decoder, and in mllama"):
         ReVisiT().check(model("mllama"))
+
+
+@pytest.mark.parametrize("method", [DeCo(layers=(0, 1)), DoLa(layers=(0, 1), repetition_penalty=1.3), ReVisiT()])
+def test_beams_of_a_batch_are_those_of_each_answer_alone(method: Any) -> None:
+    """Beams change their parents, so a rule that remembers something of each answer must follow them."""
+    lvlm = double_model("llava")
+    batches = [
+        *lvlm.batches([example(0), example(1)], 2),
+        *lvlm.batches([example(0)], 1),
+        *lvlm.batches([example(1)], 1),
+    ]
+    with method.applied(lvlm):
+        together, *alone = (
+            beam_search(lvlm, prompts_of(b), lvlm.decoder.start(lvlm, b), 5, names=list(b.images), beams=Beams(3))  # type: ignore[union-attr]
+            for b in batches
+        )
+    assert together == [answer for (answer,) in alone]
+
+
+def test_image_tokens_follow_the_answers_of_a_search() -> None:
+    lvlm = double_model("llava")
+    batch = next(lvlm.batches([example(0), example(1)], 2))
+    with ReVisiT().applied(lvlm):
+        rule = lvlm.decoder.start(lvlm, batch)  # type: ignore[union-attr]
+    run = DecodingRun(lvlm, prompts_of(batch), rule)
+    first = run.start()
+    run.select([1, 1, 0])
+    logits = run.next(first.argmax(-1)[[1, 1, 0]])
+    torch.testing.assert_close(logits[0], logits[1])
+    plain = DecodingRun(lvlm, prompts_of(batch), type(rule)(ReVisiT(), lvlm))
+    expected = plain.next(plain.start().argmax(-1))
+    torch.testing.assert_close(logits, expected[[1, 1, 0]], atol=1e-5, rtol=0)
 
 
 # ---- divergences, parameters, neutral values

@@ -34,8 +34,9 @@ def vsv(
     """Return the visual steering vector of one question about one image.
 
     VISTA (Li et al. 2025, arXiv 2502.03628): V is the residual stream at the last token of the prompt with the image minus
-    that without it; during generation ``h <- |h| unit(h + lambda V)``. The vector is valid only for its image. VISTA's second
-    part, which mixes in early logits, is not steering and is not implemented here.
+    that without it; during generation ``h <- |h| unit(h + lambda V)``. The vector is valid only for its image. The method with
+    a vector for each answer, and with VISTA's second part, which mixes in logits of earlier layers, is
+    `mitigation.training_free.methods.vista.VISTA`.
 
     Parameters
     ----------
