@@ -15,6 +15,7 @@ from behavior.matching import DEFAULT_MATCH, matches_answer
 from behavior.parsing import Parser, judge_text, parsers_of
 from behavior.repetition import repeat_sampled
 from behavior.result import Answer, BehaviorResult, Cost
+from behavior.text_scores import FIRST_TOKEN, candidate_tokens, check_score, score_texts
 from concepts.combination import PARTS, dataset_parts
 from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import ConfigError, DataError, ModelError
@@ -35,6 +36,7 @@ def answer(
     data: ConceptDataset,
     *,
     generate: bool = False,
+    score: str = FIRST_TOKEN,
     parser: str | None = None,
     match: str = DEFAULT_MATCH,
     max_new_tokens: int = 40,
@@ -49,8 +51,8 @@ def answer(
     the logits of its first tokens) at the last token of the prompt; the margin is its score minus the best other score. A
     question without candidates is answered by generation, greedy unless `sampling` is given; with `generate`, so are all
     questions. The text that answers an open question is compared with its true answer and aliases by `match`; a caption is
-    not. After the prefix of an example (`Example.prefix`), the answer is what follows it: `Answer.text` does not repeat the
-    prefix.
+    not. With `score`, whole texts of candidates are compared, so that these may share their first token. After the prefix of an
+    example (`Example.prefix`), the answer is what follows it: `Answer.text` does not repeat the prefix.
 
     Parameters
     ----------
@@ -60,6 +62,10 @@ def answer(
         The questions.
     generate
         Generate text and parse the answer from it, also for questions with candidates.
+    score
+        How candidates are scored: ``first_token`` as above; ``text`` by the log-probability of the whole text as it is written,
+        in nats, in one forward pass for each candidate; ``text_per_token`` by the same divided by the number of tokens, which
+        does not prefer short texts. `Answer.probabilities` are then those that the answer begins with each text.
     parser
         Name of the parser of generated yes-no answers, one of `behavior.parsing.PARSERS`; by default that of the
         benchmark that `data` was loaded from (`behavior.parsing.parser_for`).
@@ -106,6 +112,7 @@ def answer(
         data,
         {_SINGLE: nullcontext},
         generate=generate,
+        score=score,
         parser=parser,
         match=match,
         max_new_tokens=max_new_tokens,
@@ -124,6 +131,7 @@ def answer_each(
     *,
     logits: Callable[[Batch], Sequence[Tensor]] | None = None,
     generate: bool = False,
+    score: str = FIRST_TOKEN,
     parser: str | None = None,
     match: str = DEFAULT_MATCH,
     max_new_tokens: int = 40,
@@ -136,7 +144,7 @@ def answer_each(
 
     Parameters
     ----------
-    model, data, generate, parser, match, max_new_tokens, sampling, seeds, batch_size, progress
+    model, data, generate, score, parser, match, max_new_tokens, sampling, seeds, batch_size, progress
         As for `answer`.
     conditions
         Name to a function that opens the condition's context, such as an applied steering vector.
@@ -171,10 +179,11 @@ def answer_each(
         msg = f"seeds={seeds}: must be at least 1, and above 1 only with sampling, because greedy answers are always the same"
         raise ConfigError(msg)
     matches_answer("", (), match)  # raises for an unknown rule
+    check_score(score)
     digest = data.digest
     data = repeat_sampled(data, seeds, generate=generate)
     parser, rules = parsers_of(data, parser)
-    _check(model, data, generate=generate)
+    _check(model, data, generate=generate, score=score)
     scored = [i for i, e in enumerate(data) if e.candidates and not generate]
     generated = [i for i, e in enumerate(data) if generate or not e.candidates]
     rows: dict[str, dict[int, Answer]] = {name: {} for name in conditions}
@@ -197,7 +206,18 @@ def answer_each(
 
         # GPU work is asynchronous until its results are read, so encode and submit the next batch before that.
         unread: tuple[Batch, Sequence[Tensor]] | None = None
-        for batch in model.batches([data.examples[i] for i in scored], batch_size, in_order=False):
+        of_texts = scored if score != FIRST_TOKEN else []
+        for batch in model.batches([data.examples[i] for i in of_texts], batch_size, in_order=False):
+            for name, open_context in conditions.items():
+                with open_context():
+                    answers = [
+                        _compare(e.example, values, log_p)
+                        for e, (values, log_p) in zip(batch.encodings, score_texts(model, batch, score), strict=True)
+                    ]
+                rows[name].update(zip((scored[i] for i in batch.index), answers, strict=True))
+            bar.advance(bar.task_ids[0], len(batch.encodings))
+        of_tokens = scored if score == FIRST_TOKEN else []
+        for batch in model.batches([data.examples[i] for i in of_tokens], batch_size, in_order=False):
             logits_per_condition = list(in_contexts(batch)) if logits is None else logits(batch)
             if unread is not None:
                 read(*unread)
@@ -224,6 +244,7 @@ def answer_each(
         **({"parts": list(dataset_parts(data))} if PARTS in data.provenance else {}),
         "batch_size": batch_size,
         "generate": generate,
+        **({"score": score} if score != FIRST_TOKEN else {}),
         "parser": parser,
         "max_new_tokens": max_new_tokens,
         "attention": model.attention,
@@ -244,7 +265,7 @@ def answer_each(
     }
 
 
-def _check(model: Lvlm, data: ConceptDataset, *, generate: bool) -> None:
+def _check(model: Lvlm, data: ConceptDataset, *, generate: bool, score: str) -> None:
     """Raise errors about the questions before the first forward pass."""
     if not len(data):
         msg = f"dataset '{data.name}' has no examples to ask"
@@ -258,8 +279,10 @@ def _check(model: Lvlm, data: ConceptDataset, *, generate: bool) -> None:
             msg = f"example '{example.id}': the true answer '{example.answer}' is not one of {', '.join(candidates)}"
             raise DataError(msg)
         check_prefixes(model, (example,))
-        if candidates and not generate:
+        if candidates and not generate and score == FIRST_TOKEN:
             answer_key(model, example)  # raises if the tokenizer gives two candidates the same tokens
+        elif candidates and not generate:
+            candidate_tokens(model, example, score)  # raises for candidates that texts cannot distinguish
 
 
 def _choose(model: Lvlm, examples: Sequence[Example], logits: Tensor) -> list[Answer]:
@@ -281,23 +304,32 @@ def _choose(model: Lvlm, examples: Sequence[Example], logits: Tensor) -> list[An
         rows_of_key.setdefault(answer_key(model, example), []).append(row)
     answers: dict[int, Answer] = {}
     for key, members in rows_of_key.items():
-        candidates = key.candidates
         scores = key.scores(wide[members])  # [M, n_candidates]
         shares = (scores - log_total[members, None]).exp().tolist()
         for row, values, probabilities in zip(members, scores.tolist(), shares, strict=True):
-            example = examples[row]
-            right = candidates.index(example.answer)
-            other = max((i for i in range(len(candidates)) if i != right), key=values.__getitem__)
-            margin = values[right] - values[other]
-            answers[row] = _row(
-                example,
-                # A tie counts as wrong, whatever the candidates' order.
-                given=candidates[right if margin > 0 else other],
-                correct=margin > 0,
-                margin=margin,
-                probabilities=tuple(probabilities),
-            )
+            answers[row] = _best(examples[row], values, probabilities)
     return [answers[row] for row in range(len(examples))]
+
+
+def _compare(example: Example, scores: Sequence[float], log_p: Sequence[float]) -> Answer:
+    """Return the answer with the best candidate by the scores of whole texts."""
+    return _best(example, scores, [math.exp(value) for value in log_p])
+
+
+def _best(example: Example, scores: Sequence[float], probabilities: Sequence[float]) -> Answer:
+    """Return the answer with the best candidate."""
+    candidates = example.candidates
+    right = candidates.index(example.answer)
+    other = max((i for i in range(len(candidates)) if i != right), key=scores.__getitem__)
+    margin = scores[right] - scores[other]
+    return _row(
+        example,
+        # A tie counts as wrong, whatever the candidates' order.
+        given=candidates[right if margin > 0 else other],
+        correct=margin > 0,
+        margin=margin,
+        probabilities=tuple(probabilities),
+    )
 
 
 def _parse(example: Example, text: str, rule: Parser, match: str) -> Answer:
