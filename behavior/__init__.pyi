@@ -4,6 +4,7 @@ from . import amber, judge_files, metrics, mme, taxonomy
 from .answer_files import load_answers
 from .answering import answer, answer_each
 from .benchmark_table import BenchmarkRow, BenchmarkTable, benchmark_table
+from .bleu import bleu
 from .chair import ChairResult, chair
 from .comparison import Comparison, compare
 from .metrics import BehaviorMetric, compare_metric, compute_metrics
@@ -27,6 +28,7 @@ __all__ = [
     "answer",
     "answer_each",
     "benchmark_table",
+    "bleu",
     "chair",
     "compare",
     "compare_metric",

@@ -47,7 +47,7 @@ class Beams:
 
 
 @dataclass
-class _Search:
+class BeamState:
     """The running and the finished answers to one prompt."""
 
     beams: Beams
@@ -80,6 +80,8 @@ class _Search:
         length = len(self.tokens[0]) + 1
         for rank, (score, index) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True)):
             parent, token = divmod(index, vocabulary)
+            if score == -math.inf:  # excluded by the rule
+                continue
             if last or token in ends:
                 if rank < count:
                     answer = [*self.tokens[parent], *([] if token in ends else [token])]
@@ -133,7 +135,7 @@ def beam_search(
     options = beams or Beams()
     ends = end_tokens(model) | {model.content_id}
     run = DecodingRun(model, prompts, rule, continues=max_new_tokens > 1, names=names)
-    searches = [_Search(options, [row]) for row in range(len(names))]
+    searches = [BeamState(options, [row]) for row in range(len(names))]
     log_p = run.start().log_softmax(-1)
     for number in range(max_new_tokens):
         parents: list[int] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,12 +18,12 @@ _SIZE = (112, 84)
 _QUESTIONS = ("Is there a dog?", "What is in the image? Is there a dog?")
 
 
-def check_prompts(model: Lvlm) -> tuple[Prompts, ...]:
-    """Return two prompts about an image of random pixels, each a separate group."""
+def check_prompts(model: Lvlm, questions: Sequence[str] = _QUESTIONS) -> tuple[Prompts, ...]:
+    """Return prompts about an image of random pixels, each a separate group."""
     pixels = np.random.default_rng(0).integers(0, 256, (*_SIZE[::-1], 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
     groups = []
-    for row, question in enumerate(_QUESTIONS):
+    for row, question in enumerate(questions):
         inputs, _ = model.encode_prompt(model.prompt(question), [image])
         groups.append(Prompts((row,), model.on_device(inputs)))
     return tuple(groups)

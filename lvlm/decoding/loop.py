@@ -291,6 +291,11 @@ class DecodingRun:
                     )
         return [self._by_row(part) for part in parts]
 
+    @property
+    def layout(self) -> RowLayout:
+        """The layout of merged rows after the last pass."""
+        return self._layout
+
     # ---- other answers
 
     def select(self, parents: Sequence[int]) -> None:
@@ -464,7 +469,7 @@ def _measure_merging(model: Lvlm) -> bool:
             difference, problem = float("inf"), str(error)
         else:
             problem = f"its logits differ by {difference:.2g}"
-    if difference <= _tolerance(model) * count:
+    if difference <= rounding_of(model) * count:
         return True
     _LOG.warning(
         "%s is decoded with a full forward pass per token, which is slower: its cache cannot be continued in one batch (%s)",
@@ -474,6 +479,6 @@ def _measure_merging(model: Lvlm) -> bool:
     return False
 
 
-def _tolerance(model: Lvlm) -> float:
+def rounding_of(model: Lvlm) -> float:
     """Return the largest difference of log-probabilities that rounding explains."""
     return min(0.25, 1e4 * torch.finfo(model.dtype).eps)

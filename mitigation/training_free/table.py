@@ -7,6 +7,7 @@ A package adds one with ``training_free_methods.register(name, MyMethod)`` or an
 from __future__ import annotations
 
 from groundscope.core.registry import Registry
+from mitigation.self_judgment.dsgd import SelfJudgmentDecoding
 from mitigation.training_free.controls.cut import CutGreedy
 from mitigation.training_free.controls.random_branches import GaussianBranch, OtherImageBranch
 from mitigation.training_free.controls.rules import APCOnly, Greedy, YesNoBias
@@ -25,6 +26,7 @@ from mitigation.training_free.methods.m3id import M3ID
 from mitigation.training_free.methods.memvr import MemVR
 from mitigation.training_free.methods.middle_layers import MiddleLayers
 from mitigation.training_free.methods.nullu import Nullu
+from mitigation.training_free.methods.opera import OPERA
 from mitigation.training_free.methods.pai import PAI
 from mitigation.training_free.methods.revisit import ReVisiT
 from mitigation.training_free.methods.ritual import RITUAL
@@ -58,6 +60,7 @@ training_free_methods: Registry[type[TrainingFree]] = Registry(
         "adapt_vis": AdaptVis,
         "augment": Augment,
         "beam": BeamSearch,
+        "dsgd": SelfJudgmentDecoding,
         "code": CODE,
         "counterfactual_keywords": CounterfactualKeywords,
         "deco": DeCo,
@@ -68,6 +71,7 @@ training_free_methods: Registry[type[TrainingFree]] = Registry(
         "memvr": MemVR,
         "middle_layers": MiddleLayers,
         "nullu": Nullu,
+        "opera": OPERA,
         "pai": PAI,
         "revisit": ReVisiT,
         "ritual": RITUAL,
