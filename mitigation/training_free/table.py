@@ -34,6 +34,7 @@ from mitigation.training_free.methods.self_consistency import SelfConsistency
 from mitigation.training_free.methods.skip_newline import SkipNewline
 from mitigation.training_free.methods.spin import SPIN
 from mitigation.training_free.methods.steering import Steering
+from mitigation.training_free.methods.sumgd import SumGD
 from mitigation.training_free.methods.vaf import VAF
 from mitigation.training_free.methods.vcd import VCD
 from mitigation.training_free.methods.vdd import VDD, VDDCalibration
@@ -79,6 +80,7 @@ training_free_methods: Registry[type[TrainingFree]] = Registry(
         "skip_newline": SkipNewline,
         "spin": SPIN,
         "steering": Steering,
+        "sumgd": SumGD,
         "vaf": VAF,
         "vcd": VCD,
         "vdd": VDD,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -13,6 +13,7 @@ from groundscope.core.errors import ConfigError
 from lvlm.generation import greedy
 from mitigation.training_free.method import TrainingFree
 from mitigation.training_free.prompt_methods import text_of
+from mitigation.training_free.written_words import cut_tokens
 
 if TYPE_CHECKING:
     from behavior import BehaviorResult
@@ -73,26 +74,6 @@ class _CutDecoder:
     ) -> list[list[int]]:
         answers = greedy(model, batch.inputs, max_new_tokens, images=batch.images)
         return [cut_tokens(answer, self.words, lambda tokens: text_of(model, tokens)) for answer in answers]
-
-
-def cut_tokens(tokens: Sequence[int], words: int, text: Callable[[Sequence[int]], str]) -> list[int]:
-    """Return the longest start of tokens with at most a number of words.
-
-    Examples
-    --------
-    >>> from mitigation.training_free.controls.cut import cut_tokens
-    >>> pieces = ["a", " ba", "na", "na", " and"]
-    >>> cut_tokens(range(5), 2, lambda tokens: "".join(pieces[i] for i in tokens))
-    [0, 1, 2, 3]
-    """
-    low, high = 0, len(tokens)
-    while low < high:  # the number of words does not decrease with the number of tokens
-        middle = (low + high + 1) // 2
-        if len(text(tokens[:middle]).split()) <= words:
-            low = middle
-        else:
-            high = middle - 1
-    return list(tokens[:low])
 
 
 def cut_text(text: str, words: int) -> str:
