@@ -25,6 +25,7 @@ from mitigation.steering.derive import Demonstration
 from mitigation.steering.export.end_of_mlp import end_of_mlp
 from mitigation.training_free.lens import at_least_float32, block_outputs
 from mitigation.training_free.method import Variant
+from mitigation.training_free.prompt_words import unknown_words
 
 if TYPE_CHECKING:
     from lvlm.model import Lvlm
@@ -162,8 +163,11 @@ def derive_subspace(
     Raises
     ------
     DataError
-        For fewer pairs than directions, or a description with words that the tokenizer does not know.
+        For fewer pairs than directions. Pairs with words that the tokenizer does not know are left out, and counted in the
+        provenance.
     """
+    count = len(pairs)
+    pairs = [pair for pair in pairs if not unknown_words(model, f"{pair.correct} {pair.hallucinated}")]
     if len(pairs) < rank:
         msg = f"{len(pairs)} pairs of descriptions for {rank} directions; use at least as many pairs, or a smaller rank"
         raise DataError(msg)
@@ -175,6 +179,7 @@ def derive_subspace(
         "method": "Nullu",
         "variant": variant,
         "pairs": len(pairs),
+        "left_out": count - len(pairs),
         "examples": [pair.example.id for pair in pairs[:3]],
         "weights": model.weights_hash,
     }

@@ -149,6 +149,9 @@ def test_derived_directions_change_answers_and_rank_zero_does_not() -> None:
     assert control.name == "Nullu (layers=(4, 5), random subspaces, seed 1)"
     assert not np.allclose(control.required_subspace().bases[4], method.required_subspace().bases[4])
     assert method.parameters["subspace"]["pairs"] == len(description_pairs(data))
+    unreadable = Demonstration(data[0], "a dog", "a bicycle")  # the embedded model has no word "bicycle"
+    pairs = [*description_pairs(data), unreadable]
+    assert derive_subspace(lvlm, pairs, (5,), 2, "paper").provenance["left_out"] == 1
 
 
 def test_files_have_the_edited_weights(tmp_path: Path) -> None:
