@@ -9,8 +9,10 @@ from typing import Any
 
 from omegaconf import MISSING
 
-STAGES = ("examples", "trace", "probe", "patch", "steer", "evaluate", "diagnose", "export", "report")
+STAGES = ("examples", "trace", "probe", "patch", "steer", "evaluate", "diagnose", "export", "arena", "report")
 """The stages of a run, in order."""
+DEFAULT_STAGES = ("examples", "trace", "probe", "patch", "steer", "evaluate", "diagnose", "export", "report")
+"""The stages that run if none are chosen: all but the comparison of many methods (`groundscope arena`)."""
 SWEEPS = "sweeps"
 """Folder of all sweeps, below the root folder of runs."""
 RENAMED: Mapping[str, str] = MappingProxyType({"probe.penalties": "probe.C"})
@@ -283,6 +285,44 @@ class EvaluateConfig:
 
 
 @dataclass
+class ArenaConfig:
+    """Training-free methods compared on the test images (`groundscope arena`)."""
+
+    methods: list[str] | None = None
+    """Methods by name, with parameters that differ from the published ones: `[vcd,"pai(alpha=0.3)",discriminant]`. Methods of
+    `steer.method` are steering vectors; those that act on heads need the stages `trace` and `patch`. null for every method that
+    needs neither. Controls are always added."""
+    regimes: list[str] = field(default_factory=lambda: ["greedy"])
+    """How answers are written: `greedy`, and `sampling` for methods whose release samples."""
+    seeds: int = 5
+    """Number of sampled answers to each question."""
+    temperature: float = 1.0
+    """Temperature of sampled answers."""
+    top_p: float = 1.0
+    """Probability of the most likely tokens among which a sampled token is drawn."""
+    generate: bool = False
+    """Let the model write greedy answers to questions with candidates too, and parse them."""
+    parser: str | None = None
+    """Rule that reads yes or no from a written answer; null for that of the benchmark."""
+    max_new_tokens: int = 40
+    """Largest number of tokens of an answer."""
+    batch_size: int = 32
+    """Questions per forward pass."""
+    limit: int | None = None
+    """Number of test images; null for all."""
+    choose: bool = False
+    """Also choose the main parameter of each method on discovery images, among equally many values for every method."""
+    choose_images: int = 60
+    """Number of discovery images on which parameters are chosen; vectors are derived from the others."""
+    max_drop: float = 0.02
+    """Largest increase of denied present objects at which a parameter may be chosen, as a share of the questions."""
+    price_questions: int = 2
+    """Questions on which seconds and rows of the decoder are measured, alone on the machine; 0 measures no price."""
+    price_tokens: int = 64
+    """Tokens of an answer whose price is measured."""
+
+
+@dataclass
 class ReportConfig:
     """The HTML report."""
 
@@ -346,7 +386,7 @@ class RunConfig:
     """Name of the run; its folder is `<root>/<name>`."""
     root: str = "runs"
     """Folder of all runs."""
-    stages: list[str] = field(default_factory=lambda: list(STAGES))
+    stages: list[str] = field(default_factory=lambda: list(DEFAULT_STAGES))
     """Stages to run; the stages that they need must have run before."""
     force: bool = False
     """Run stages again even if nothing changed."""
@@ -359,6 +399,7 @@ class RunConfig:
     patch: PatchConfig = field(default_factory=PatchConfig)
     steer: SteerConfig = field(default_factory=SteerConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    arena: ArenaConfig = field(default_factory=ArenaConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     export: ExportConfig = field(default_factory=ExportConfig)

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from experiments.config import STAGES, RunConfig
-from experiments.results.scores import describe_answers
+from experiments.results.scores import describe_answers, describe_arena
 from experiments.run import stage_cache
 from experiments.run.context import Context
 from experiments.run.folder import (
@@ -90,6 +90,9 @@ def _run_stages(config: RunConfig, folder: RunFolder, console: Console | None) -
         table.print(f"finished in {time.perf_counter() - start:.0f} s: {folder.path}")
         if "evaluate" in config.stages:
             for line in describe_answers(folder.path):
+                table.print(line)
+        if "arena" in config.stages:
+            for line in describe_arena(folder.path):
                 table.print(line)
         report = folder.path / "report.html"
         if is_file(report):

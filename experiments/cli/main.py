@@ -6,6 +6,7 @@ groundscope data=pope data.questions=F data.images=D   other data
 groundscope stages=[probe,report] probe.folds=5        some stages, with other options
 groundscope -m probe.folds=3,4                         several runs, which share equal stages
 groundscope evaluate data=pope data.questions=F data.images=D   answers only: no trace, patching or steering
+groundscope arena "arena.methods=[vcd,pai]"            training-free methods and controls on the same questions
 groundscope help | resume=RUN | status | compare | plan | report | preferences | tune
 
 Each command imports what it needs when it starts, so that help is fast.
@@ -17,7 +18,7 @@ import errno
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from groundscope.core.errors import ConfigError, GroundscopeError
@@ -57,8 +58,9 @@ def _dispatch(arguments: Sequence[str], console: Console) -> int:
 
         sys.stdout.write(f"groundscope {version('groundscope')}\n")
         return 0
-    if "evaluate" in arguments[:2] and first not in COMMANDS:  # also after -m
-        return _run(evaluation_words([word for word in arguments if word != "evaluate"]), console)
+    for name, options in _SHORT_RUNS.items():
+        if name in arguments[:2] and first not in COMMANDS:  # also after -m
+            return _run(short_run_words(options, [word for word in arguments if word != name]), console)
     if first in COMMANDS:
         return COMMANDS[first](arguments[1:])
     if first.startswith("resume="):
@@ -103,12 +105,21 @@ _EVALUATION = {
     "data.test_share": "1",
 }
 """Options of `groundscope evaluate`: ask every question, without any stage before."""
+_ARENA = {"name": "arena", "stages": "[examples,arena,report]"}
+"""Options of `groundscope arena`: compare methods that need no activations and no heads."""
+_SHORT_RUNS = {"evaluate": _EVALUATION, "arena": _ARENA}
+"""Command to the options of its run."""
 
 
 def evaluation_words(arguments: Sequence[str]) -> list[str]:
     """Return the command line of `groundscope evaluate`; options that it contains replace those of `_EVALUATION`."""
+    return short_run_words(_EVALUATION, arguments)
+
+
+def short_run_words(options: Mapping[str, str], arguments: Sequence[str]) -> list[str]:
+    """Return the command line of a run with options that the arguments may replace."""
     chosen = {word.lstrip("+").partition("=")[0] for word in arguments}
-    return [*(f"{key}={value}" for key, value in _EVALUATION.items() if key not in chosen), *arguments]
+    return [*(f"{key}={value}" for key, value in options.items() if key not in chosen), *arguments]
 
 
 def _hydra(arguments: Sequence[str]) -> None:

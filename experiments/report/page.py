@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from experiments.config import STAGES
+from experiments.config import DEFAULT_STAGES
 from experiments.report.html import page
 from experiments.report.sections import LAST, SECTIONS
 from experiments.results.run_files import RunFiles
@@ -38,7 +38,7 @@ def write_report(folder: str | Path) -> dict[str, str]:
     run = RunFiles(Path(folder))
     sections = SECTIONS.usable()
     order = [*(name for name in sections if name != LAST), LAST]
-    every = {stage for stage in STAGES if stage not in {"examples", "trace", "report"}}
+    every = {stage for stage in DEFAULT_STAGES if stage not in {"examples", "trace", "report"}}
     possible = [name for name in order if set(every if (n := sections[name].needs) is None else n) <= run.finished]
     parts = {name: html for name in possible if (html := sections[name].render(run))}
     title = run.config.report.title or f"groundscope: {run.config.model.path}"

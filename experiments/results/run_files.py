@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from activation_store import ActivationStore
     from circuits import HeadScores
     from diagnosis import Diagnoses
+    from mitigation.arena.result import ArenaResult
 
 
 class RunFiles:
@@ -182,6 +183,13 @@ class RunFiles:
         """Guards by condition, with labels, limits and the reasons for missing ones; None for a run of an earlier version."""
         file = "behavior/guards.json"
         return self._record(file, GUARDS) if is_file(self.root / file) else None
+
+    @cached_property
+    def arena(self) -> ArenaResult:
+        """The comparison of training-free methods."""
+        from mitigation.arena.result import ArenaResult
+
+        return ArenaResult.load(below(self.root, "arena/arena.json", error=ConfigError))
 
     @cached_property
     def exports(self) -> dict[str, dict[str, str]]:

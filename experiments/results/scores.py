@@ -88,3 +88,18 @@ def write_scores(path: Path, results: dict[str, BehaviorResult]) -> None:
 
     records = {name: benchmark_table(result).records() for name, result in results.items()}
     write_text(path, json.dumps(records, indent=1, allow_nan=False) + "\n")
+
+
+def describe_arena(run: Path) -> list[str]:
+    """Return the table of a run's arena as lines for the terminal."""
+    from mitigation.arena.result import ArenaResult
+    from mitigation.arena.tables import as_text
+
+    arena = ArenaResult.load(below(run, "arena/arena.json", error=ConfigError))
+    return [
+        "",
+        *as_text(arena, brief=True).splitlines(),
+        "",
+        "+ better, - worse than the model alone beyond an interval that holds for all rows together",
+        f"all figures: {run / 'arena' / 'arena.csv'}",
+    ]

@@ -103,6 +103,7 @@ OWN: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "README.md",
             "apply_*.py",
         ),
+        "arena": ("arena.*", "pareto.svg", "chosen.json", "answers/*.json"),
         "report": ("sections.json",),
     }
 )

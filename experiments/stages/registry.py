@@ -61,6 +61,17 @@ def _missing(context: Context) -> list[str]:
     return [s for s in STAGES if s not in runs and s != "examples" and context.folder.receipt(TABLE[s].folder) is None]
 
 
+def _arena_spares(context: Context) -> tuple[str, ...]:
+    """Return the stages that no method of the arena needs."""
+    methods = context.config.arena.methods
+    if methods is None:
+        return ("trace", "patch")
+    from mitigation.arena.rows import parse_row, row_needs
+
+    needs = {need for text in methods for need in row_needs(parse_row(text)[0])}
+    return tuple(stage for stage, need in (("trace", "store"), ("patch", "heads")) if need not in needs)
+
+
 def _diagnose_options(context: Context) -> object:
     from experiments.data import load_parts, probe_data
 
@@ -136,9 +147,17 @@ TABLE: Mapping[str, Stage] = MappingProxyType(
             version=3,
             check=_function("export.check"),
         ),
+        "arena": Stage(
+            "arena",
+            needs=("examples", "trace", "patch"),
+            spared=_arena_spares,
+            options=lambda c: [asdict(c.config.arena), c.model_key()],
+            work=_function("arena.make_arena"),
+            check=_function("arena.check"),
+        ),
         "report": Stage(
             "report",
-            needs=("examples", "trace", "probe", "patch", "steer", "evaluate", "diagnose", "export"),
+            needs=("examples", "trace", "probe", "patch", "steer", "evaluate", "diagnose", "export", "arena"),
             options=lambda c: [asdict(c.config.report), c.headline(), c.config.diagnose.shown, c.config.steer.max_drop],
             work=_function("report.make_report"),
             spared=_missing,

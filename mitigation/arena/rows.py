@@ -147,6 +147,25 @@ def _named(label: str, parameters: Mapping[str, Any]) -> str:
     return f"{label} ({listed})" if listed else label
 
 
+def row_needs(name: str) -> tuple[str, ...]:
+    """Return what a method is made from beside the model and examples: ``store``, ``heads``, both or neither.
+
+    Examples
+    --------
+    >>> from mitigation.arena.rows import row_needs
+    >>> row_needs("vcd"), row_needs("discriminant")
+    ((), ('store', 'heads'))
+    """
+    if name in training_free_methods:
+        return tuple(need for need in training_free_methods[name].needs if need in {"store", "heads"})
+    return ("store", "heads")
+
+
+def control_rows(data: DerivationData) -> list[str]:
+    """Return the names of the controls whose needs the data meet."""
+    return [name for name in default_rows(data) if training_free_methods[name].control]
+
+
 def default_rows(data: DerivationData) -> list[str]:
     """Return the names of all methods and controls whose needs the data meet; methods that only detect are left out."""
     available = {"examples"} | ({"store"} if data.store is not None else set()) | ({"heads"} if data.heads else set())

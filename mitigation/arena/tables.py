@@ -54,14 +54,14 @@ def columns(arena: ArenaResult) -> list[Column]:
                 result.append(Column(f"{split} {part}", _measured_cell(name), name))
     result += [Column(name, _number(name), name) for name in names if name.startswith(("MME", "AMBER"))]
     if any(row.cut_to_length is not None for row in arena.rows):
-        result.append(Column("CHAIR_i of own captions at this length", lambda r: _cut(r.cut_to_length)))
-        result.append(Column("CHAIR_i of own captions at this recall", lambda r: _cut(r.cut_to_recall)))
+        result.append(Column("CHAIR_i, plain cut to length", lambda r: _cut(r.cut_to_length)))
+        result.append(Column("CHAIR_i, plain cut to recall", lambda r: _cut(r.cut_to_recall)))
     if any(row.price is not None for row in arena.rows):
         result += [
             Column("first token, ms", lambda r: "" if r.price is None else f"{1e3 * r.price.first:.1f}"),
-            Column("times plain", lambda r: "" if r.price is None else f"{r.price.first_ratio:.2f}"),
+            Column("first token, x", lambda r: "" if r.price is None else f"{r.price.first_ratio:.2f}"),
             Column("further token, ms", lambda r: "" if r.price is None else f"{1e3 * r.price.token:.1f}"),
-            Column("times plain", lambda r: "" if r.price is None else f"{r.price.token_ratio:.2f}"),
+            Column("further token, x", lambda r: "" if r.price is None else f"{r.price.token_ratio:.2f}"),
             Column("rows a token", lambda r: "" if r.price is None else f"{r.price.token_rows:.2g}"),
         ]
     return result
@@ -130,23 +130,42 @@ def cells(arena: ArenaResult, regime: str) -> list[list[str]]:
     return lines
 
 
-def as_text(arena: ArenaResult) -> str:
-    """Return the tables of all regimes as lines of text."""
+def as_text(arena: ArenaResult, *, brief: bool = False) -> str:
+    """Return the tables of all regimes as lines of text; `brief` leaves out the columns of single splits."""
     parts = []
     for regime in dict.fromkeys(row.regime for row in arena.rows):
-        lines = cells(arena, regime)
+        lines = [
+            line
+            for line, row in zip(cells(arena, regime), [None, *ordered(arena, regime)], strict=True)
+            if not _problem(row)
+        ]
+        if brief:
+            skipped = {i for i, head in enumerate(lines[0]) if head.split(" ")[0] in _SPLITS or head in _NOT_BRIEF}
+            lines = [[cell for i, cell in enumerate(line) if i not in skipped] for line in lines]
         widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]) - 1)]
-        body = (
-            "  ".join(
-                [
-                    *(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=False))),
-                    line[-1],
-                ]
-            ).rstrip()
-            for line in lines
-        )
-        parts.append("\n".join([f"{regime}:", *body]))
+        body = (_aligned(line, widths) for line in lines)
+        failures = [f"not measured: {label(row)}: {row.problem}" for row in ordered(arena, regime) if row.problem]
+        parts.append("\n".join([f"{regime}:", *body, *failures]))
     return "\n\n".join(parts)
+
+
+def _problem(row: RowResult | None) -> bool:
+    return row is not None and row.problem is not None
+
+
+_NOT_BRIEF = (
+    "class", "all right", "CHAIR_s", "CHAIR_i, plain cut to recall", "first token, ms", "further token, ms",
+    "rows a token",
+)  # fmt: skip
+"""Headings of columns that a brief table leaves out."""
+
+
+def _aligned(line: Sequence[str], widths: Sequence[int]) -> str:
+    *columns, last = line
+    padded = [
+        cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(columns, widths, strict=True))
+    ]
+    return "  ".join([*padded, last]).rstrip()
 
 
 def as_csv(arena: ArenaResult) -> str:

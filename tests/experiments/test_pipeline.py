@@ -23,7 +23,7 @@ from activation_store import ActivationStore, verify
 from circuits import HeadScores
 from concepts import scenes
 from diagnosis import Diagnoses
-from experiments.config import STAGES, RunConfig
+from experiments.config import DEFAULT_STAGES, RunConfig
 from experiments.results.headlines import headlines
 from experiments.run.context import Context
 from experiments.run.folder import RunFolder, read_receipt
@@ -113,7 +113,7 @@ def test_headlines_are_the_numbers_of_the_files(
     assert set(re.findall(r"([+-][\d.e-]+) *$", output.split("not compared")[0], flags=re.M)) <= {"+0"}
     assert "patch: color: effect of the strongest head" in output
     status, output, _ = run_command(("status", str(run)), tmp_path, monkeypatch, capsys)
-    assert output.count("●") == len(STAGES) + 1
+    assert output.count("●") == len(DEFAULT_STAGES) + 1
     assert f"neutral: right {100 * rates['before']['neutral: right']['value']:.1f} → " in output
 
 
@@ -465,7 +465,7 @@ def test_a_second_run_skips_what_is_done(run: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file() and p.parent != run}
     done = groundscope("name=whole", *SMALL, cwd=run.parent.parent)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("unchanged") == len(STAGES)
+    assert done.stdout.count("unchanged") == len(DEFAULT_STAGES)
     assert before == {p: p.stat().st_mtime_ns for p in before}
 
 
@@ -497,7 +497,7 @@ def test_a_run_killed_in_a_stage_resumes(run: Path, tmp_path: Path, folder: str,
     shutil.copytree(run, tmp_path / "runs" / "whole")
     shutil.rmtree(tmp_path / "runs" / "whole" / folder)
     order = ["examples", "activations", "probes", "circuits", "steering", "behavior", "diagnosis", "export", "report"]
-    stages = f"stages=[{','.join(STAGES[: order.index(folder) + 1])}]"
+    stages = f"stages=[{','.join(DEFAULT_STAGES[: order.index(folder) + 1])}]"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         [sys.executable, "-X", "faulthandler", "-m", "experiments", "name=whole", *SMALL, stages],

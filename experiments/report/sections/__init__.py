@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from experiments.report.section import Section
 from experiments.report.sections.accuracy import accuracy_section
+from experiments.report.sections.arena import arena_section
 from experiments.report.sections.correction import correction_section
 from experiments.report.sections.diagnoses import diagnoses_section
 from experiments.report.sections.example import example_section
@@ -40,6 +41,7 @@ SECTIONS: Registry[Section] = Registry(
         "sources": Section("Image, prompt, prior", sources_section, ("diagnose",)),
         "why": Section("Diagnoses", diagnoses_section, ("diagnose",)),
         "corrected": Section("Correction", correction_section, ("steer", "evaluate", "export")),
+        "arena": Section("Arena", arena_section, ("arena",)),
         LAST: Section("Provenance", provenance_section, ()),
     },
     group="groundscope.report_sections",
