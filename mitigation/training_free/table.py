@@ -15,9 +15,11 @@ from mitigation.training_free.method import TrainingFree
 from mitigation.training_free.methods.ad_hh import ADHH
 from mitigation.training_free.methods.adapt_vis import AdaptVis
 from mitigation.training_free.methods.augment import Augment
+from mitigation.training_free.methods.avisc import AvisC
 from mitigation.training_free.methods.beam import BeamSearch
 from mitigation.training_free.methods.code import CODE
 from mitigation.training_free.methods.counterfactual_keywords import CounterfactualKeywords
+from mitigation.training_free.methods.damro import DAMRO
 from mitigation.training_free.methods.deco import DeCo
 from mitigation.training_free.methods.dola import DoLa
 from mitigation.training_free.methods.icd import ICD
@@ -31,6 +33,7 @@ from mitigation.training_free.methods.pai import PAI
 from mitigation.training_free.methods.revisit import ReVisiT
 from mitigation.training_free.methods.ritual import RITUAL
 from mitigation.training_free.methods.self_consistency import SelfConsistency
+from mitigation.training_free.methods.sid import SID
 from mitigation.training_free.methods.skip_newline import SkipNewline
 from mitigation.training_free.methods.spin import SPIN
 from mitigation.training_free.methods.steering import Steering
@@ -60,10 +63,12 @@ training_free_methods: Registry[type[TrainingFree]] = Registry(
         "other_image_branch": OtherImageBranch,
         "adapt_vis": AdaptVis,
         "augment": Augment,
+        "avisc": AvisC,
         "beam": BeamSearch,
         "dsgd": SelfJudgmentDecoding,
         "code": CODE,
         "counterfactual_keywords": CounterfactualKeywords,
+        "damro": DAMRO,
         "deco": DeCo,
         "dola": DoLa,
         "icd": ICD,
@@ -77,6 +82,7 @@ training_free_methods: Registry[type[TrainingFree]] = Registry(
         "revisit": ReVisiT,
         "ritual": RITUAL,
         "self_consistency": SelfConsistency,
+        "sid": SID,
         "skip_newline": SkipNewline,
         "spin": SPIN,
         "steering": Steering,
