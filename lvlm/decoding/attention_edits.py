@@ -175,6 +175,19 @@ def attention_modules(model: Lvlm) -> dict[nn.Module, int]:
     return modules
 
 
+def current_layout(model: Lvlm) -> RowLayout:
+    """Return the layout of the current forward pass, while an edit or a reader of attention is active.
+
+    Raises
+    ------
+    ModelError
+        If the image tokens of the pass are unknown.
+    """
+    if model.row_layout is not None:
+        return model.row_layout
+    return _ACTIVE[model.hf].outside.layout()
+
+
 def usual_attention(model: Lvlm) -> str | None:
     """Return the attention implementation of the decoder that runs without edits, by transformers' name."""
     return usual_name(next((config._attn_implementation for config in _configs(model)), None))
@@ -239,7 +252,7 @@ class _Edits:
         self.usual = usual_attention(model) or "eager"
         self.name = f"groundscope_edits_{id(model.hf):x}"
         self._numbers = attention_modules(model)
-        self._outside = _LayoutOutside(model)
+        self.outside = _LayoutOutside(model)
         self._layout: RowLayout | None = None
         self._columns: dict[int, RowLayout] = {}
         self._selections: dict[tuple[_Edit, int, int], _Selection] = {}
@@ -254,7 +267,7 @@ class _Edits:
         # Bound methods have no attributes that transformers may set; plain functions do.
         AttentionInterface.register(self.name, lambda *args, **kwargs: self.attend(*args, **kwargs))
         AttentionMaskInterface.register(self.name, lambda *args, **kwargs: self.mask(*args, **kwargs))
-        hooks = self._outside.hooks()
+        hooks = self.outside.hooks()
         _ACTIVE[self.model.hf] = self
         add_replacement(self.name, self)
         try:
@@ -321,7 +334,7 @@ class _Edits:
 
     def _select(self, edit: _Edit, queries: int, keys: int, rows: int) -> _Selection:
         """Return the queries of the current forward pass that an edit acts on; computed once per pass."""
-        layout = self.model.row_layout or self._outside.layout()
+        layout = self.model.row_layout or self.outside.layout()
         if layout is not self._layout:
             self._layout, self._columns, self._selections = layout, {}, {}
         if len(layout.branch) != rows:
@@ -342,7 +355,11 @@ class _Edits:
             skipped = layout.valid.shape[1] - keys
             self._columns[keys] = (
                 RowLayout(
-                    layout.branch, layout.image[:, skipped:], layout.valid[:, skipped:], max(layout.prompt - skipped, 0)
+                    layout.branch,
+                    layout.image[:, skipped:],
+                    layout.valid[:, skipped:],
+                    max(layout.prompt - skipped, 0),
+                    {name: mask[:, skipped:] for name, mask in layout.marks.items()},
                 )
                 if skipped
                 else layout

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ class RowLayout:
     """Which columns are tokens of the row and not padding before it, bool ``[rows, columns]``."""
     prompt: int
     """Number of columns of the prompts; columns after them are generated tokens."""
+    marks: dict[str, Tensor] = field(default_factory=dict)
+    """What edits remember of columns, by name, bool ``[rows, columns]``; it follows the rows and columns into later passes."""
 
     @property
     def generated(self) -> Tensor:
@@ -54,18 +56,23 @@ class RowLayout:
     def with_column(self) -> RowLayout:
         """Return the layout after one more generated token in each row."""
         end = self.valid.new_ones(len(self.valid), 1)
-        return RowLayout(
-            self.branch, torch.cat([self.image, ~end], dim=1), torch.cat([self.valid, end], dim=1), self.prompt
-        )
+
+        def longer(mask: Tensor) -> Tensor:
+            return torch.cat([mask, ~end], dim=1)
+
+        marks = {name: longer(mask) for name, mask in self.marks.items()}
+        return RowLayout(self.branch, longer(self.image), torch.cat([self.valid, end], dim=1), self.prompt, marks)
 
     def without_columns(self, count: int) -> RowLayout:
         """Return the layout before the last `count` columns."""
         end = self.valid.shape[1] - count
-        return RowLayout(self.branch, self.image[:, :end], self.valid[:, :end], min(self.prompt, end))
+        marks = {name: mask[:, :end] for name, mask in self.marks.items()}
+        return RowLayout(self.branch, self.image[:, :end], self.valid[:, :end], min(self.prompt, end), marks)
 
     def selected(self, rows: Tensor) -> RowLayout:
         """Return the layout of some rows, int ``[n]``, in their order."""
-        return RowLayout(self.branch[rows], self.image[rows], self.valid[rows], self.prompt)
+        marks = {name: mask[rows] for name, mask in self.marks.items()}
+        return RowLayout(self.branch[rows], self.image[rows], self.valid[rows], self.prompt, marks)
 
 
 def stack_layouts(layouts: Sequence[RowLayout]) -> RowLayout:
@@ -75,9 +82,15 @@ def stack_layouts(layouts: Sequence[RowLayout]) -> RowLayout:
     def padded(mask: Tensor) -> Tensor:
         return torch.nn.functional.pad(mask, (length - mask.shape[1], 0))
 
+    names = {name for layout in layouts for name in layout.marks}
+    marks = {
+        name: torch.cat([padded(layout.marks.get(name, torch.zeros_like(layout.valid))) for layout in layouts])
+        for name in names
+    }
     return RowLayout(
         torch.cat([layout.branch for layout in layouts]),
         torch.cat([padded(layout.image) for layout in layouts]),
         torch.cat([padded(layout.valid) for layout in layouts]),
         length,
+        marks,
     )

@@ -29,6 +29,7 @@ from mitigation.training_free.methods.memvr import MemVR
 from mitigation.training_free.methods.middle_layers import MiddleLayers
 from mitigation.training_free.methods.nullu import Nullu
 from mitigation.training_free.methods.opera import OPERA
+from mitigation.training_free.methods.only import ONLY
 from mitigation.training_free.methods.pai import PAI
 from mitigation.training_free.methods.revisit import ReVisiT
 from mitigation.training_free.methods.ritual import RITUAL
@@ -39,6 +40,7 @@ from mitigation.training_free.methods.spin import SPIN
 from mitigation.training_free.methods.steering import Steering
 from mitigation.training_free.methods.sumgd import SumGD
 from mitigation.training_free.methods.vaf import VAF
+from mitigation.training_free.methods.var import VAR
 from mitigation.training_free.methods.vcd import VCD
 from mitigation.training_free.methods.vdd import VDD, VDDCalibration
 from mitigation.training_free.methods.vdgd import VDGD
@@ -78,6 +80,7 @@ training_free_methods: Registry[type[TrainingFree]] = Registry(
         "middle_layers": MiddleLayers,
         "nullu": Nullu,
         "opera": OPERA,
+        "only": ONLY,
         "pai": PAI,
         "revisit": ReVisiT,
         "ritual": RITUAL,
@@ -88,6 +91,7 @@ training_free_methods: Registry[type[TrainingFree]] = Registry(
         "steering": Steering,
         "sumgd": SumGD,
         "vaf": VAF,
+        "var": VAR,
         "vcd": VCD,
         "vdd": VDD,
         "vdd_calibration": VDDCalibration,

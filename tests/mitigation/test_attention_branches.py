@@ -17,6 +17,7 @@ from lvlm.decoding.loop import generate
 from mitigation.training_free.method import TrainingFree
 from mitigation.training_free.methods.avisc import AvisC, outlying
 from mitigation.training_free.methods.damro import DAMRO
+from mitigation.training_free.methods.only import ONLY, mixed_logits
 from mitigation.training_free.methods.sid import SID, lowest
 from tests.toys.attention_oracle import Call, by_hand, plain
 from tests.toys.decoding_oracle import double_model, naive_steps
@@ -234,14 +235,107 @@ def test_families_without_a_class_token_or_single_patches_are_refused_by_damro(f
         DAMRO().check(model(family))
 
 
+# ---- ONLY
+
+
+def only_by_hand(lvlm: Lvlm, inputs: dict[str, Tensor], threshold: float, beta: float) -> Tensor:
+    """The rule's logits ``[V]`` after one whole forward."""
+    record: dict[str, Tensor] = {}
+    layers = lvlm.hf.model.language_model.layers
+    image = inputs["input_ids"][0] == lvlm.content_id
+    text = ~image
+    text[0] = False
+
+    def read(call: Call) -> Tensor:
+        if call.layer == 0:
+            weights = call.scores.softmax(-1)[:, -1].clone()
+            for h in range(len(weights)):
+                for part in (text, image):
+                    values = weights[h][part]
+                    large = part & (weights[h] > values.mean() + values.std())
+                    weights[h, large] = 0
+            ratios = []
+            for h in range(len(weights)):
+                p, q = (weights[h][part] / weights[h][part].sum() for part in (text, image))
+                ratios.append(float(-torch.xlogy(p, p).sum() / -torch.xlogy(q, q).sum()))
+            for h in range(len(weights)):
+                if ratios[h] < sum(ratios) / len(ratios):
+                    weights[h] = 0
+            record["heads"] = torch.cat([weights[h] @ call.values[h] for h in range(len(weights))])
+        return call.plain
+
+    def entering(_m: Any, args: Any, kwargs: Any) -> None:
+        record["h"] = (args[0] if args else kwargs["hidden_states"])[0, -1]
+
+    def leaving(_m: Any, _a: Any, out: Any) -> None:
+        record["h_L"] = (out[0] if isinstance(out, tuple) else out)[0, -1]
+
+    hooks = [
+        layers[-1].register_forward_pre_hook(entering, with_kwargs=True),
+        layers[-1].register_forward_hook(leaving),
+    ]
+    with torch.no_grad(), by_hand(lvlm, read, 0):
+        main = lvlm.hf(**inputs, use_cache=False).logits[0, -1]
+    for hook in hooks:
+        hook.remove()
+    with torch.no_grad():
+        last, norm = layers[-1], lvlm.hf.model.language_model.norm
+        u = layers[0].self_attn.o_proj(record["heads"])
+        u = last.input_layernorm(u) + 0.2 * record["h"]
+        u = u + last.mlp(last.post_attention_layernorm(u))
+        other = lvlm.hf.lm_head(norm(u) + 0.5 * norm(record["h_L"]))
+    distance = (main.softmax(-1) - other.softmax(-1)).abs().sum()
+    mixed = main + 3 * other if distance < threshold else 2 * main - other
+    return mixed.masked_fill(main.softmax(-1) < beta * main.softmax(-1).max(), -math.inf)
+
+
+@pytest.mark.parametrize("threshold", [0.2, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_is_the_written_rule(family: str, threshold: float) -> None:
+    lvlm = double_model(family)
+    batch = next(lvlm.batches([example(0), example(1)], 2))
+    scores: list[Tensor] = []
+    with ONLY(threshold=threshold).applied(lvlm):
+        rule: Any = lvlm.decoder.start(lvlm, batch)  # type: ignore[union-attr]
+        original = rule.combine
+        rule.combine = lambda step: (scores.append(original(step)), scores[-1])[1]
+        answers = generate(lvlm, batch, rule, STEPS, ends=False)
+    for row, inputs in enumerate(inputs_of(batch)):
+        for ours, token in zip(scores, answers[row], strict=True):
+            written = only_by_hand(lvlm, inputs, threshold, 0.1)
+            assert torch.equal(ours[row].isinf(), written.isinf())
+            torch.testing.assert_close(ours[row].log_softmax(-1), written.log_softmax(-1), atol=3e-5, rtol=0)
+            assert int(written.argmax()) == token
+            inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([[token]])], 1)
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+            if "mm_token_type_ids" in inputs:
+                types = inputs["mm_token_type_ids"]
+                inputs["mm_token_type_ids"] = torch.cat([types, torch.zeros_like(types[:, :1])], 1)
+
+
+def test_only_adds_where_distributions_are_close() -> None:
+    logits, other = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[1.0, 0.1], [-3.0, 3.0]])
+    mixed = mixed_logits(logits, other, 3, 1, 0.2, 0)
+    torch.testing.assert_close(mixed, torch.tensor([[4.0, 0.3], [5.0, -3.0]]))
+
+
+def test_only_refuses_layers_of_another_form() -> None:
+    with pytest.raises(ModelError, match=r"ONLY runs the last layer of decoders in the form of LLaMA.*gemma3"):
+        ONLY().check(model("gemma3"))
+    with pytest.raises(ModelError, match=r"ONLY runs the last layer of decoders in the form of LLaMA.*blip2_opt"):
+        ONLY().check(model("blip2_opt"))
+
+
 # ---- all
 
 
-METHODS = [SID(), AvisC(), DAMRO()]
+METHODS = [SID(), AvisC(), DAMRO(), ONLY()]
 
 
 @pytest.mark.parametrize(
-    "method", [SID(alpha=0, beta=0), AvisC(alpha=0, beta=0), DAMRO(alpha=0, beta=0)], ids=lambda m: m.label
+    "method",
+    [SID(alpha=0, beta=0), AvisC(alpha=0, beta=0), DAMRO(alpha=0, beta=0), ONLY(0, 0, beta=0)],
+    ids=lambda m: m.label,
 )
 def test_neutral_parameters_leave_the_model_alone(method: TrainingFree) -> None:
     lvlm = model("llava")

@@ -23,6 +23,7 @@ from mitigation.training_free.methods.middle_layers import MiddleLayers
 from mitigation.training_free.methods.pai import PAI
 from mitigation.training_free.methods.spin import SPIN, top_heads
 from mitigation.training_free.methods.vaf import VAF
+from mitigation.training_free.methods.var import VAR, redistributed, sink_dimensions
 from tests.toys.attention_oracle import Call, by_hand, edited_scores, plain
 from tests.toys.decoding_oracle import double_model, naive_steps, text_only
 from tests.toys.examples import example
@@ -146,6 +147,71 @@ def test_ad_hh_is_the_written_rule(family: str) -> None:
     assert_rule(family, ADHH(("L0.H1", "L2.H0", "L2.H3"), 0.1), lambda _: rule)
 
 
+@pytest.mark.parametrize("sinks", ["all", "image"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_var_is_the_written_rule(family: str, sinks: Any) -> None:
+    streams: dict[int, Tensor] = {}
+    counts: list[int] = []
+    dimensions, threshold = (3, 7), 1.2
+
+    def rule(call: Call) -> Tensor:
+        weights = call.scores.softmax(-1)
+        x = streams[call.layer]
+        values = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        sink = (values[:, dimensions].abs() > threshold).any(-1)
+        sink = sink & call.image if sinks == "image" else sink
+        new = weights.clone()
+        for head in range(len(weights)):
+            for query in call.live:
+                w = weights[head, query]
+                on_image, on_sinks = w[call.image].sum(), w[call.image & sink].sum()
+                if on_image < 0.02 or on_sinks > 0.9 * on_image:
+                    continue
+                counts.append(query)
+                new[head, query, sink] = 0.5 * w[sink]
+                others = call.image & ~sink
+                new[head, query, others] += 0.5 * w[sink].sum() * w[others] / w[others].sum()
+        return new @ call.values
+
+    lvlm = double_model(family)
+    hooks = [
+        layer.register_forward_pre_hook(
+            lambda _m, args, kwargs, i=i: streams.__setitem__(i, (args[0] if args else kwargs["hidden_states"])[0]),
+            with_kwargs=True,
+        )
+        for i, layer in enumerate(lvlm.layers("decoder"))
+    ]
+    try:
+        assert_rule(family, VAR(0.5, 0.02, 0.9, threshold, dimensions, sinks), lambda _: rule)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert counts
+
+
+def test_weight_of_sinks_moves_to_other_image_tokens() -> None:
+    weights = torch.tensor([[[[0.4, 0.1, 0.2, 0.3]], [[0.9, 0.02, 0.03, 0.05]]]])
+    image = torch.tensor([False, True, True, False])[None, None, None]
+    sinks = torch.tensor([True, True, False, False])[None, None, None]
+    moved = redistributed(weights, image, sinks, 0.6, 0.2, 0.5)
+    torch.testing.assert_close(moved[0, :, 0], torch.tensor([[0.24, 0.06, 0.4, 0.3], [0.9, 0.02, 0.03, 0.05]]))
+    assert torch.equal(redistributed(weights, image, sinks, 0.6, 0.2, 0.3), weights)
+
+
+def test_dimensions_of_sinks_are_those_of_the_first_token() -> None:
+    lvlm = model("llava")
+    encoding = lvlm.encode(example(0))
+    record = lvlm.read(lvlm.collate([encoding]), ["decoder.L1.resid_pre", "decoder.L2.resid_pre"])
+    values = [x[0, 0] / x[0, 0].square().mean().sqrt() for x in record.values()]
+    expected = sum(v.abs() for v in values).topk(2).indices.tolist()  # type: ignore[union-attr]
+    assert sink_dimensions(lvlm) == tuple(sorted(expected))
+
+
+def test_a_model_that_is_too_narrow_for_sinks_is_refused_by_var() -> None:
+    with pytest.raises(ModelError, match=r"VAR: no token of llava can be a sink.*sqrt\(32\) = 5\.7; set a threshold"):
+        VAR().check(model("llava"))
+
+
 @pytest.mark.parametrize("rows", ["last", "all"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapt_vis_is_the_written_rule(family: str, rows: Any) -> None:
@@ -201,7 +267,7 @@ def test_attention_to_the_image_is_that_of_the_query_that_produced_the_token() -
             torch.testing.assert_close(sums[layer], expected, atol=1e-6, rtol=0)
 
 
-NEUTRAL = [PAI(0, 1), MiddleLayers(0), VAF(1, 1), SPIN(1), SPIN(factor=1), ADHH(), AdaptVis(1, 1)]
+NEUTRAL = [PAI(0, 1), MiddleLayers(0), VAF(1, 1), SPIN(1), SPIN(factor=1), ADHH(), AdaptVis(1, 1), VAR(1, threshold=2)]
 
 
 @pytest.mark.parametrize("method", NEUTRAL, ids=lambda m: m.name)
@@ -227,7 +293,7 @@ def test_nearly_neutral_parameters_run_the_edit_and_change_nothing(method: Train
         assert difference[possible].abs().max() < 1e-5
 
 
-METHODS = [PAI(), MiddleLayers(), VAF(), SPIN(), ADHH(("L1.H0",)), AdaptVis()]
+METHODS = [PAI(), MiddleLayers(), VAF(), SPIN(), ADHH(("L1.H0",)), AdaptVis(), VAR(threshold=2)]
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.label)
