@@ -44,6 +44,7 @@ from mitigation.training_free.methods.var import VAR
 from mitigation.training_free.methods.vcd import VCD
 from mitigation.training_free.methods.vdd import VDD, VDDCalibration
 from mitigation.training_free.methods.vdgd import VDGD
+from mitigation.training_free.methods.vhr import VHR
 from mitigation.training_free.methods.vista import VISTA
 
 
@@ -96,6 +97,7 @@ training_free_methods: Registry[type[TrainingFree]] = Registry(
         "vdd": VDD,
         "vdd_calibration": VDDCalibration,
         "vdgd": VDGD,
+        "vhr": VHR,
         "vista": VISTA,
     },
     group="groundscope.training_free",

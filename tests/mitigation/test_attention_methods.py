@@ -24,6 +24,7 @@ from mitigation.training_free.methods.pai import PAI
 from mitigation.training_free.methods.spin import SPIN, top_heads
 from mitigation.training_free.methods.vaf import VAF
 from mitigation.training_free.methods.var import VAR, redistributed, sink_dimensions
+from mitigation.training_free.methods.vhr import VHR, head_factors
 from tests.toys.attention_oracle import Call, by_hand, edited_scores, plain
 from tests.toys.decoding_oracle import double_model, naive_steps, text_only
 from tests.toys.examples import example
@@ -238,6 +239,74 @@ def test_adapt_vis_is_the_written_rule(family: str, rows: Any) -> None:
         torch.testing.assert_close(first[row].log_softmax(-1), expected[0].log_softmax(-1), atol=1e-5, rtol=0)
 
 
+def vhr_by_hand(blind: dict[int, Tensor], layers: list[int], method: VHR) -> Callable[[Call], Tensor]:
+    power = 2 if method.norm == "square" else 1
+
+    def rule(call: Call) -> Tensor:
+        out = call.plain.clone()
+        if call.layer not in layers:
+            return out
+        with_image, without = out[:, call.prompt - 1], blind[call.layer]
+        heads = range(len(out))
+        vhd = [float((with_image[h] - without[h]).square().sum()) ** (power / 2) for h in heads]
+        size = [float(without[h].square().sum()) ** (power / 2) for h in heads]
+
+        def limit(values: list[float]) -> float:
+            mean = sum(values) / len(values)
+            return mean + math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - method.sample_sd))
+
+        outliers = [h for h in heads if vhd[h] > limit(vhd) and size[h] > limit(size)]
+        vhd = [0.0 if h in outliers else vhd[h] for h in heads]
+        middle = sorted(vhd)[1:3]
+        for h in heads:
+            for query in call.live if method.rows == "last" else range(out.shape[1]):
+                if method.outliers == "head" and h in outliers:
+                    out[h, query] = 0
+                elif vhd[h] > sum(middle) / 2:
+                    out[h, query] *= method.factor
+        return out
+
+    return rule
+
+
+@pytest.mark.parametrize(
+    "method",
+    [VHR(), VHR(3, "head", "square", sample_sd=False), VHR(rows="all", layers=(0, 2))],
+    ids=["default", "square", "all rows"],
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_vhr_is_the_written_rule(family: str, method: VHR) -> None:
+    lvlm = double_model(family)
+    batch = next(lvlm.batches([example(0), example(1)], 2))
+    with method.applied(lvlm):
+        assert lvlm.decoder is not None
+        first, answers = lvlm.decoder.first_logits(lvlm, batch), lvlm.decoder.generate(lvlm, batch, STEPS)
+    for row, inputs in enumerate(inputs_of(batch)):
+        blind: dict[int, Tensor] = {}
+
+        def read(call: Call, blind: dict[int, Tensor] = blind) -> Tensor:
+            blind[call.layer] = call.plain[:, -1]
+            return call.plain
+
+        with torch.no_grad(), by_hand(lvlm, read, 0):
+            lvlm.hf(**text_only(lvlm, inputs), use_cache=False)
+        rule = vhr_by_hand(blind, [1, 2] if method.layers is None else [0, 2], method)
+        contexts = [lambda n=inputs["input_ids"].shape[1], r=rule: by_hand(lvlm, r, n)]
+        tokens, expected = naive_steps(lvlm, [inputs], lambda _, x: x[0], STEPS, contexts)
+        assert answers[row] == tokens[: len(answers[row])]
+        torch.testing.assert_close(first[row].log_softmax(-1), expected[0].log_softmax(-1), atol=1e-5, rtol=0)
+        assert not torch.allclose(first[row], lvlm.logits(batch.inputs)[row], atol=1e-3)
+
+
+def test_outliers_of_vhr_are_not_chosen() -> None:
+    blind = torch.zeros(1, 5, 1)
+    blind[0, 4] = 9.0
+    outputs = torch.tensor([0.1, 0.2, 0.3, 0.4, 20.0])[None, :, None]
+    assert head_factors(outputs, blind, VHR()).tolist() == [[1.0, 1.0, 2.0, 2.0, 1.0]]
+    assert head_factors(outputs, blind, VHR(outliers="head")).tolist() == [[1.0, 1.0, 2.0, 2.0, 0.0]]
+    assert head_factors(outputs, blind, VHR(strict=False)).tolist() == [[1.0, 2.0, 2.0, 2.0, 1.0]]
+
+
 def test_heads_with_the_highest_sums_stay() -> None:
     scores = torch.tensor([[1.0, 9.0], [2.0, -9.0], [3.0, 0.0], [-5.0, 0.0], [0.0, 0.0]])[None, :, None]
     image = torch.tensor([True, False])[None, None, None]
@@ -267,7 +336,17 @@ def test_attention_to_the_image_is_that_of_the_query_that_produced_the_token() -
             torch.testing.assert_close(sums[layer], expected, atol=1e-6, rtol=0)
 
 
-NEUTRAL = [PAI(0, 1), MiddleLayers(0), VAF(1, 1), SPIN(1), SPIN(factor=1), ADHH(), AdaptVis(1, 1), VAR(1, threshold=2)]
+NEUTRAL = [
+    PAI(0, 1),
+    MiddleLayers(0),
+    VAF(1, 1),
+    SPIN(1),
+    SPIN(factor=1),
+    ADHH(),
+    AdaptVis(1, 1),
+    VAR(1, threshold=2),
+    VHR(1),
+]
 
 
 @pytest.mark.parametrize("method", NEUTRAL, ids=lambda m: m.name)
@@ -293,7 +372,7 @@ def test_nearly_neutral_parameters_run_the_edit_and_change_nothing(method: Train
         assert difference[possible].abs().max() < 1e-5
 
 
-METHODS = [PAI(), MiddleLayers(), VAF(), SPIN(), ADHH(("L1.H0",)), AdaptVis(), VAR(threshold=2)]
+METHODS = [PAI(), MiddleLayers(), VAF(), SPIN(), ADHH(("L1.H0",)), AdaptVis(), VAR(threshold=2), VHR()]
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.label)
