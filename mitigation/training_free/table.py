@@ -28,8 +28,8 @@ from mitigation.training_free.methods.m3id import M3ID
 from mitigation.training_free.methods.memvr import MemVR
 from mitigation.training_free.methods.middle_layers import MiddleLayers
 from mitigation.training_free.methods.nullu import Nullu
-from mitigation.training_free.methods.opera import OPERA
 from mitigation.training_free.methods.only import ONLY
+from mitigation.training_free.methods.opera import OPERA
 from mitigation.training_free.methods.pai import PAI
 from mitigation.training_free.methods.revisit import ReVisiT
 from mitigation.training_free.methods.ritual import RITUAL
