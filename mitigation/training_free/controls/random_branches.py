@@ -163,7 +163,7 @@ class OtherImageBranch(_BranchControl):
     >>> with control.applied(model):
     ...     answers = gs.answer(model, data)
     >>> len(control.images), len(answers)
-    (10, 6)
+    (12, 6)
     """
 
     label: ClassVar[str] = "random branch (another image)"
