@@ -298,7 +298,9 @@ def main() -> dict[str, Any]:
         for name, value in of.items()
     }
     sizes = {"scenes": fit_scenes, "test_scenes": test_scenes, "pairs": pairs, "diagnosed": diagnosed}
-    return finish("out_of_sample", describe_device("cpu"), flat, save=options.save, sizes=sizes)
+    return finish(
+        "out_of_sample", describe_device("torch", "transformers", "nnsight"), flat, save=options.save, sizes=sizes
+    )
 
 
 if __name__ == "__main__":
