@@ -121,6 +121,7 @@ def cells(arena: ArenaResult, regime: str) -> list[list[str]]:
     """Return the table of one regime as text: headings, then rows."""
     shown_columns = columns(arena)
     lines = [["class", "method", *(c.heading for c in shown_columns), "not better than"]]
+    controls = 1 + sum(row.control and row.problem is None for row in ordered(arena, regime))
     for row in ordered(arena, regime):
         kind = "control" if row.control else row.category
         if row.problem is not None:
@@ -128,6 +129,11 @@ def cells(arena: ArenaResult, regime: str) -> list[list[str]]:
         else:
             lines.append([kind, label(row), *(c.cell(row) for c in shown_columns), ", ".join(row.not_beaten)])
     return lines
+
+
+def _listed(row: RowResult, controls: int) -> str:
+    """Return the controls that a row does not beat."""
+    return "any control" if controls > 1 and len(row.not_beaten) == controls else ", ".join(row.not_beaten)
 
 
 def as_text(arena: ArenaResult, *, brief: bool = False) -> str:
