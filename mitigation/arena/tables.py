@@ -127,7 +127,7 @@ def cells(arena: ArenaResult, regime: str) -> list[list[str]]:
         if row.problem is not None:
             lines.append([kind, label(row), *[""] * len(shown_columns), row.problem])
         else:
-            lines.append([kind, label(row), *(c.cell(row) for c in shown_columns), ", ".join(row.not_beaten)])
+            lines.append([kind, label(row), *(c.cell(row) for c in shown_columns), _listed(row, controls)])
     return lines
 
 
