@@ -2,9 +2,9 @@
 
     python benchmarks/decoding.py [--quick] [--save] [--device cpu]
 
-A LLaVA with random weights (16 layers, hidden size 512, 8,192 words, 256 image tokens, prompt of 32 words) writes 64 tokens for one
-question, end tokens ignored. The baseline is the faster of transformers' `generate` and the plain loop of `lvlm.decoding`, and
-is measured in alternation with each method; figures are medians of ratios.
+A LLaVA with random weights (16 layers, hidden size 512, 8,192 words, 256 image tokens, prompt of 32 words) writes 64 tokens
+for one question, end tokens ignored. The baseline is the faster of transformers' `generate` and the plain loop of
+`lvlm.decoding`, and is measured in alternation with each method; figures are medians of ratios.
 
 step_two_branches_..., goal <= 1.15
     a method with a second branch against plain greedy at twice the batch, because a CPU reads the weights once a row;

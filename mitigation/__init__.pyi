@@ -1,6 +1,9 @@
 """Public names of `mitigation`, each with its module."""
 
 from . import preference
+from .arena.result import ArenaResult
+from .arena.rows import make_row
+from .arena.run import ArenaOptions, run_arena
 from .detectors.lure import lure_scores
 from .detectors.metatoken import classify_mentions, metatoken_features
 from .detectors.scores import MentionScores
@@ -37,6 +40,8 @@ __all__ = [
     "Adapter",
     "AddChange",
     "AmplifyChange",
+    "ArenaOptions",
+    "ArenaResult",
     "Capability",
     "Contrast",
     "DerivationData",
@@ -71,6 +76,7 @@ __all__ = [
     "guard_limits",
     "guards",
     "lure_scores",
+    "make_row",
     "match_displacement",
     "measure_guards",
     "metatoken_features",
@@ -79,6 +85,7 @@ __all__ = [
     "preference",
     "preference_formats",
     "read_preferences",
+    "run_arena",
     "sweep_strengths",
     "training_free_methods",
     "tune",

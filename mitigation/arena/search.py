@@ -25,11 +25,17 @@ GRIDS: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     "m3id": ("decay", (0.005, 0.01, 0.02, 0.05, 0.1)),
     "pai": ("alpha", (0.1, 0.2, 0.3, 0.5, 0.8)),
     "middle_layers": ("alpha", (0.1, 0.25, 0.5, 0.75, 1.0)),
-    "vaf": ("image_factor", (1.05, 1.1, 1.15, 1.25, 1.5)),
-    "spin": ("suppression", (0.02, 0.05, 0.08, 0.2, 0.5)),
+    "vaf": ("enhance", (1.05, 1.1, 1.15, 1.25, 1.5)),
+    "spin": ("factor", (0.02, 0.05, 0.08, 0.2, 0.5)),
+    "adapt_vis": ("threshold", (0.2, 0.3, 0.4, 0.5, 0.6)),
     "deco": ("alpha", (0.2, 0.4, 0.6, 0.8, 1.0)),
     "vista": ("strength", (0.01, 0.05, 0.1, 0.17, 0.3)),
-    "vhr": ("scale", (1.25, 1.5, 2.0, 2.5, 3.0)),
+    "vhr": ("factor", (1.25, 1.5, 2.0, 2.5, 3.0)),
+    "lcd": ("alpha", (0.5, 1.0, 2.0, 3.0, 4.0)),
+    "memvr": ("ratio", (0.06, 0.12, 0.2, 0.3, 0.5)),
+    "nullu": ("rank", (1, 2, 4, 8, 16)),
+    "revisit": ("beta", (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)),
+    **dict.fromkeys(("dola", "apc_only"), ("beta", (0.01, 0.05, 0.1, 0.2, 0.5))),
 }
 """Method to the parameter that is searched and its values; steering vectors are searched over `STRENGTHS`."""
 STRENGTHS = (0.25, 0.5, 1.0, 1.5, 2.0)

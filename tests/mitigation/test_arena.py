@@ -7,7 +7,7 @@ import io
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,7 +27,7 @@ from mitigation.arena.price import measure_price
 from mitigation.arena.result import ArenaResult
 from mitigation.arena.rows import ArenaRow, make_row, parse_row
 from mitigation.arena.run import ArenaOptions, run_arena
-from mitigation.arena.search import choose_parameters, configurations, search_summary
+from mitigation.arena.search import CONFIGURATIONS, GRIDS, choose_parameters, configurations, search_summary
 from mitigation.arena.tables import as_csv, as_html, as_latex, as_text
 from mitigation.protocol import ForwardCost
 from mitigation.training_free.method import TrainingFree
@@ -278,3 +278,10 @@ def test_provenance_is_json(arena: ArenaResult) -> None:
     parameters: dict[str, Any] = dict(arena.row("VCD").parameters)
     assert json.loads(json.dumps(parameters))["beta"] == 0.1
     assert ForwardCost().per_token == 1
+
+
+def test_grids_name_parameters_and_contain_the_published_value() -> None:
+    for name, (parameter, values) in GRIDS.items():
+        (entry,) = [f for f in fields(gs.training_free_methods[name]) if f.name == parameter]
+        assert len(set(values)) == CONFIGURATIONS
+        assert entry.default is None or entry.default in values, name
