@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -99,3 +100,8 @@ def test_unknown_methods_and_parameters_are_named_with_near_ones() -> None:
         VCD.derive(data, alfa=1)
     with pytest.raises(ConfigError, match="beta=2: must be a number at least 0 and at most 1"):
         VCD(beta=2)
+
+
+def test_the_guide_lists_every_method() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "guides" / "mitigations.md").read_text(encoding="utf-8")
+    assert [name for name in training_free_methods if f"| `{name}` |" not in text] == []
