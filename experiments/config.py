@@ -292,6 +292,9 @@ class ArenaConfig:
     """Methods by name, with parameters that differ from the published ones: `[vcd,"pai(alpha=0.3)",discriminant]`. Methods of
     `steer.method` are steering vectors; those that act on heads need the stages `trace` and `patch`. null for every method that
     needs neither. Controls are always added."""
+    answer_files: dict[str, str] = field(default_factory=dict)
+    """Further rows from files with answers to the test questions, by name: methods that need third models, another checkpoint, or
+    other images: `+arena.answer_files.Woodpecker=FILE`."""
     regimes: list[str] = field(default_factory=lambda: ["greedy"])
     """How answers are written: `greedy`, and `sampling` for methods whose release samples."""
     seeds: int = 5

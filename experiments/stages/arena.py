@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+from behavior.answer_files import load_answers
 from concepts.schema import ConceptDataset
 from experiments.config import ArenaConfig
 from experiments.records import TOP_HEADS, read_record
@@ -39,6 +40,7 @@ def check(context: Context) -> None:
             msg = f"arena.{name}={value}: must be at least 1"
             raise ConfigError(msg)
     arena_options(options)
+    answer_rows(options, _limited(context.held_out, options.limit))
 
 
 def arena_options(options: ArenaConfig) -> ArenaOptions:
@@ -54,6 +56,16 @@ def arena_options(options: ArenaConfig) -> ArenaOptions:
         price_questions=options.price_questions,
         price_tokens=options.price_tokens,
     )
+
+
+def answer_rows(options: ArenaConfig, test: ConceptDataset) -> list[ArenaRow]:
+    """Return the rows of answers that were made elsewhere."""
+    return [
+        ArenaRow(
+            name, None, category="answer file", source=file, answers=load_answers(test, file, parser=options.parser)
+        )
+        for name, file in options.answer_files.items()
+    ]
 
 
 def make_arena(context: Context, root: Path) -> str:
@@ -76,6 +88,7 @@ def make_arena(context: Context, root: Path) -> str:
                 chosen.append(row)
         write_json(root / "chosen.json", tried)
     test = _limited(context.held_out, options.limit)
+    rows += answer_rows(options, test)
     result = run_arena(context.model, rows, test, arena_options(options), folder=root / "answers", chosen=chosen)
     result.save(root / RESULT)
     write_text(root / "arena.csv", as_csv(result))

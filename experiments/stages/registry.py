@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib import import_module
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from experiments.config import STAGES, RunConfig, key_options
 from experiments.run.context import ACTIVATIONS, Context
+from experiments.run.folder import file_digest
 from experiments.stages.stage import Stage
 
 
@@ -59,6 +61,12 @@ def _missing(context: Context) -> list[str]:
     """Return the stages that have not run and do not run now: the report has no sections of them."""
     runs = context.config.stages
     return [s for s in STAGES if s not in runs and s != "examples" and context.folder.receipt(TABLE[s].folder) is None]
+
+
+def _arena_options(context: Context) -> object:
+    options = asdict(context.config.arena)
+    files = {name: file_digest(Path(file)) for name, file in options["answer_files"].items()}
+    return [options | {"answer_files": files}, context.model_key(), context.held_out.digest]
 
 
 def _arena_spares(context: Context) -> tuple[str, ...]:
@@ -151,7 +159,7 @@ TABLE: Mapping[str, Stage] = MappingProxyType(
             "arena",
             needs=("examples", "trace", "patch"),
             spared=_arena_spares,
-            options=lambda c: [asdict(c.config.arena), c.model_key()],
+            options=_arena_options,
             work=_function("arena.make_arena"),
             check=_function("arena.check"),
         ),

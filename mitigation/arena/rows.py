@@ -15,6 +15,7 @@ from mitigation.training_free.method import Regime, check_parameters
 from mitigation.training_free.table import training_free_methods
 
 if TYPE_CHECKING:
+    from behavior.result import BehaviorResult
     from mitigation.method_data import DerivationData
 
 PLAIN = "unmodified"
@@ -45,6 +46,9 @@ class ArenaRow:
     """How the method's release writes answers."""
     problem: str | None = None
     """Why the row cannot be measured."""
+    answers: BehaviorResult | None = None
+    """Answers that were made elsewhere: by a method that needs third models, by another checkpoint, or about other images. The
+    row has no price, and no answers of other regimes."""
 
 
 def parse_row(text: str) -> tuple[str, dict[str, Any]]:

@@ -129,7 +129,7 @@ def run_arena(
     Raises
     ------
     DataError
-        If there is no question, or two rows have the same name.
+        If there is no question, two rows have the same name, or the answers of a row (`ArenaRow.answers`) are to other questions.
 
     Examples
     --------
@@ -153,6 +153,7 @@ def run_arena(
     if twice is not None:
         msg = f"two rows of the arena are named '{twice}'; leave one out, or give them different parameters"
         raise DataError(msg)
+    _check_answers([*rows, *chosen], data)
     cells = None if folder is None else Path(folder)
     tasks = [(row, flag, regime) for regime in options.regimes for row, flag in entries if _runs(row, regime)]
     measured: list[_Measured] = []
@@ -173,7 +174,20 @@ def run_arena(
     return ArenaResult(tuple(results), _objective(measured[0].counted), provenance)
 
 
+def _check_answers(rows: Sequence[ArenaRow], data: ConceptDataset) -> None:
+    """Raise `DataError` if answers that were made elsewhere are not those to the questions."""
+    ids = {e.id: e.question for e in data}
+    for row in rows:
+        answered = {} if row.answers is None else {a.id: a.question for a in row.answers.answers}
+        if row.answers is not None and answered != ids:
+            other = sorted(set(answered.items()) ^ set(ids.items()))[0][0]
+            msg = f"the answers of row '{row.name}' are to other questions than those of the arena: see '{other}'"
+            raise DataError(msg)
+
+
 def _runs(row: ArenaRow, regime: str) -> bool:
+    if row.answers is not None:
+        return regime == "greedy"
     return regime == "greedy" or row.name == PLAIN or row.control or row.regime == "sampling"
 
 
@@ -194,12 +208,12 @@ def _measure(
         problem = _first_problem(model, row, data)
         if problem is not None:
             return _Measured(row, regime, None, None, None, problem, chosen)
-        answers = _answers(model, row, data, regime, options, cells)
+        answers = row.answers or _answers(model, row, data, regime, options, cells)
         seeds = int(answers.provenance.get("seeds", 1))
         questions = repeat_sampled(data, seeds, generate=bool(answers.provenance.get("generate")))
         counted = count_answers(answers, questions)
         price = None
-        if options.price_questions and regime == options.regimes[0]:
+        if options.price_questions and regime == options.regimes[0] and row.answers is None:
             price = measure_price(
                 model, row.mitigation, _priced(data, options.price_questions), new_tokens=options.price_tokens,
                 repetitions=options.price_repetitions,

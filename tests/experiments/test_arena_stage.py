@@ -13,7 +13,7 @@ from experiments.cli.overrides import compose
 from experiments.pipeline import execute
 from experiments.run.folder import read_receipt
 from experiments.validation import check
-from groundscope.core.errors import ConfigError
+from groundscope.core.errors import GroundscopeError
 from mitigation.arena.result import ArenaResult
 
 SMALL = ["data.n_images=10", "data.test_images=10", "arena.price_questions=0", "threads=1", "model.twin=null"]
@@ -64,11 +64,12 @@ def test_a_second_run_asks_only_new_methods(arena: tuple[Path, str]) -> None:
         (["arena.seeds=0"], "seeds=0"),
         (["arena.limit=0"], "arena.limit=0"),
         (["arena.methods=[discriminant]"], "needs 'trace', which has not run"),
+        (["+arena.answer_files.other=nowhere.json"], "nowhere.json"),
         (["arena.choose=true", "arena.choose_images=8"], "half of them must remain"),
     ],
 )
 def test_wrong_options_are_refused_before_work(tmp_path: Path, words: list[str], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(GroundscopeError, match=message):
         run(tmp_path, *words)
 
 

@@ -236,7 +236,7 @@ def test_sampled_rows_have_a_spread_over_seeds(model: Lvlm) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("vdc", "unknown method 'vdc'.*did you mean vcd"),
+        ("vdc", "unknown method 'vdc'.*did you mean vdd or vcd"),
         ("vcd(alfa=1)", "did you mean alpha"),
         ("vcd(alpha)", "must be parameter=value"),
         ("vcd(alpha=1", "is no row of an arena"),
@@ -285,3 +285,18 @@ def test_grids_name_parameters_and_contain_the_published_value() -> None:
         (entry,) = [f for f in fields(gs.training_free_methods[name]) if f.name == parameter]
         assert len(set(values)) == CONFIGURATIONS
         assert entry.default is None or entry.default in values, name
+
+
+def test_answers_from_elsewhere_are_a_row_without_a_price(
+    model: Lvlm, data: ConceptDataset, answers: gs.BehaviorResult, folder: Path
+) -> None:
+    better = replace(answers, answers=tuple(replace(a, given=a.answer, correct=True) for a in answers.answers))
+    rows = [ArenaRow("another checkpoint", None, answers=better)]
+    arena = run_arena(model, rows, data, ArenaOptions(price_questions=0), folder=folder)
+    measure = arena.row("another checkpoint").measure("all: right")
+    assert measure is not None
+    assert measure.value.value == 1
+    assert arena.row("another checkpoint").price is None
+    other = replace(better, answers=better.answers[1:])
+    with pytest.raises(DataError, match="are to other questions"):
+        run_arena(model, [ArenaRow("short", None, answers=other)], data)
