@@ -93,7 +93,7 @@ def test_the_method_is_in_the_provenance_and_gone_afterwards() -> None:
 
 
 def test_unknown_methods_and_parameters_are_named_with_near_ones() -> None:
-    with pytest.raises(ConfigError, match="did you mean .*vcd"):
+    with pytest.raises(ConfigError, match=r"did you mean .*vcd"):
         training_free_methods["vdc"]
     data = gs.DerivationData(gs.load_lvlm("tiny"), None, gs.scenes.dataset(10))
     with pytest.raises(ConfigError, match="did you mean alpha"):
