@@ -1,6 +1,6 @@
 """Public names of `mitigation`, each with its module."""
 
-from . import preference
+from . import preference, self_judgment
 from .arena.result import ArenaResult
 from .arena.rows import make_row
 from .arena.run import ArenaOptions, run_arena
@@ -23,6 +23,13 @@ from .preference import (
     write_preferences,
 )
 from .protocol import ForwardCost, Mitigation
+from .self_judgment import (
+    HarmRefusal,
+    RefusalCalibration,
+    SentenceTree,
+    calibrate_refusal,
+    judged_preferences,
+)
 from .steering import derive, export
 from .steering.changes import AddChange, AmplifyChange, ProbeGate, ProjectChange
 from .steering.contrast import Contrast
@@ -49,6 +56,7 @@ __all__ = [
     "ForwardCost",
     "Guard",
     "GuardResult",
+    "HarmRefusal",
     "MentionScores",
     "Mitigation",
     "MitigationMethod",
@@ -58,6 +66,8 @@ __all__ = [
     "PreferencePair",
     "ProbeGate",
     "ProjectChange",
+    "RefusalCalibration",
+    "SentenceTree",
     "SteeringVector",
     "TextProbe",
     "TrainingFree",
@@ -65,6 +75,7 @@ __all__ = [
     "Tuning",
     "answer_under",
     "augment",
+    "calibrate_refusal",
     "choose_guarded",
     "choose_strength",
     "classify_mentions",
@@ -75,6 +86,7 @@ __all__ = [
     "exports",
     "guard_limits",
     "guards",
+    "judged_preferences",
     "lure_scores",
     "make_row",
     "match_displacement",
@@ -86,6 +98,7 @@ __all__ = [
     "preference_formats",
     "read_preferences",
     "run_arena",
+    "self_judgment",
     "sweep_strengths",
     "training_free_methods",
     "tune",

@@ -9,6 +9,10 @@ Scores
 Uses
     `SelfJudgmentDecoding`
         Answers sentence by sentence, each the best of several candidates under the judge (DSGD).
+    `HarmRefusal`, `calibrate_refusal`
+        Replaces answers with a sentence that the model judges harmful by a refusal (FGSD); its threshold, with over-refusal.
+    `judged_preferences`, `SentenceTree`
+        Preference pairs: the best and the worst answer of a tree of judged sentences (DSR).
 """
 
 import lazy_loader

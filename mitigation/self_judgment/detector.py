@@ -54,8 +54,8 @@ class DetectorResult:
     >>> from mitigation.self_judgment import Judgments, detect
     >>> judgments = Judgments(np.array([2.0, 1.0, 3.0, 0.0]), np.array([0.5, 0.0, 1.0, 1.0]))
     >>> result = detect(judgments, [True, False, True, False], ["a", "a", "b", "b"])
-    >>> result.rows[0].score, result.rows[0].auc.value, result.text_bias.value
-    ('f', 1.0, 0.316)
+    >>> result.rows[0].score, result.rows[0].auc.value, round(result.text_bias.value, 3)
+    ('f', 1.0, 0.105)
     """
 
     rows: tuple[DetectorRow, ...]
@@ -110,6 +110,15 @@ def detect(
     ------
     DataError
         If the lengths differ, or all labels are equal.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mitigation.self_judgment import Judgments, detect
+    >>> judgments = Judgments(np.array([2.0, 1.0, 0.0, 3.0]), np.array([2.0, 0.0, 1.0, 1.0]))
+    >>> result = detect(judgments, [True, False, False, True], ["a", "a", "b", "b"], alphas=[1.0])
+    >>> [(row.score, row.auc.value) for row in result.rows]
+    [('f', 1.0), ('f_blind', 0.875), ('S alpha=1', 0.875)]
     """
     truth = np.asarray(labels, dtype=bool)
     if not len(truth) == len(groups) == len(judgments.image):
@@ -126,8 +135,8 @@ def detect(
     index = np.array([number[name] for name in groups])
     few = len(names) < FEW_GROUPS
 
-    def interval(statistic: Callable[[Floats], Floats]) -> Estimate:
-        """Return a statistic of weights of sentences ``[draws, n]``, with its interval over draws of images."""
+    def interval(statistic: Callable[[Floats], Floats], lowest: float) -> Estimate:
+        """Return a statistic of weights of sentences ``[draws, n]`` in ``[lowest, 1]``, with an interval over draws of images."""
         value = float(statistic(np.ones((1, len(truth))))[0])
         low, high = cluster_bootstrap(
             np.eye(len(truth)),  # totals of a draw are how often it contains each sentence
@@ -137,7 +146,7 @@ def detect(
             confidence=confidence,
             seed=seed,
         )
-        return Estimate(value, low, high, len(truth), few)
+        return Estimate(value, *_clip(low, high, lowest), len(truth), few)
 
     def row(name: str, score: Floats) -> DetectorRow:
         wins, pairs = _pairs_within(score, truth, index)
@@ -150,18 +159,24 @@ def detect(
             confidence=confidence,
             seed=seed,
         )
-        within = Estimate(float(wins.sum() / total) if total else np.nan, low, high, int(total), few)
+        within = Estimate(float(wins.sum() / total) if total else np.nan, *_clip(low, high, 0.0), int(total), few)
         return DetectorRow(
             name,
-            interval(lambda weights: weighted_auc(score, truth, weights)),
+            interval(lambda weights: weighted_auc(score, truth, weights), 0.0),
             within,
-            interval(lambda weights: weighted_rank_correlation(score, truth.astype(np.float64), weights)),
+            interval(lambda weights: weighted_rank_correlation(score, truth.astype(np.float64), weights), -1.0),
         )
 
     scores = {"f": judgments.image, "f_blind": judgments.blind}
     scores |= {f"S alpha={alpha:g}": judgments.debiased(alpha) for alpha in alphas}
-    bias = interval(lambda weights: weighted_rank_correlation(judgments.image, judgments.blind, weights))
+    bias = interval(lambda weights: weighted_rank_correlation(judgments.image, judgments.blind, weights), -1.0)
     return DetectorResult(tuple(row(name, score) for name, score in scores.items()), bias)
+
+
+def _clip(low: float, high: float, lowest: float) -> tuple[float, float]:
+    """Return the ends of an interval within the range of its statistic; the correction for few images can pass it."""
+    low, high = np.clip([low, high], lowest, 1.0)
+    return float(low), float(high)
 
 
 def weighted_auc(score: Floats, truth: NDArray[np.bool_], weights: Floats) -> Floats:

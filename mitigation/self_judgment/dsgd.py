@@ -18,7 +18,15 @@ from lvlm.decoding.decoder import AnswerRule, Prompts, RuleDecoder
 from lvlm.decoding.loop import DecodingRun
 from lvlm.generation import end_tokens
 from mitigation.protocol import ForwardCost
-from mitigation.self_judgment.judge import PAPER_TEMPLATE, BlindForm, Judge, Score, judge_sentences, reading_tokens
+from mitigation.self_judgment.judge import (
+    PAPER_TEMPLATE,
+    BlindForm,
+    Judge,
+    Score,
+    judge_sentences,
+    reading_tokens,
+    stack_is_alone,
+)
 from mitigation.training_free.method import Category, Regime, TrainingFree, check_choice, check_range
 
 if TYPE_CHECKING:
@@ -129,11 +137,6 @@ class SelfJudgmentDecoding(TrainingFree):
 
     def _enter(self, model: Lvlm, stack: ExitStack) -> Decoder | None:
         return _Decoder(self, stack_is_alone(model))
-
-
-def stack_is_alone(model: Lvlm) -> bool:
-    """Whether at most one intervention, the method itself, is active, so that judged prompts may share their beginning."""
-    return len(model.interventions) <= 1 and not model.unregistered_hooks
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ class AnswerScore:
     >>> logits = torch.tensor([[2.0, 1.0, 0.5]])
     >>> AnswerScore("logit", (0, 1)).of(logits).tolist()
     [3.0]
-    >>> round(float(AnswerScore("margin", (0,), (2,)).of(logits)), 3)
+    >>> round(float(AnswerScore("margin", (0,), (2,)).of(logits)[0]), 3)
     1.5
     """
 
@@ -261,15 +261,19 @@ def judge_logits(
     return [logits_after_each(model, side, share=sharing) for side in sides]
 
 
+def stack_is_alone(model: Lvlm) -> bool:
+    """Whether at most one intervention, the method itself, is active, so that judged prompts may share their beginning."""
+    return len(model.interventions) <= 1 and not model.unregistered_hooks
+
+
 def _prompt(model: Lvlm, example: Example, question: str) -> Encoding:
     fresh = replace(example, question=question, suffix="", prefix="", mentions=(), candidates=(), aliases=())
-    encoding = model.encode(fresh)
-    unknown = model.processor.tokenizer.unk_token_id
-    if unknown is not None and bool((encoding.inputs["input_ids"] == unknown).any()):
-        words = ", ".join(unknown_words(model, question)) or question
-        msg = f"example '{example.id}': the tokenizer of {model.name} does not know words of the judged text ({words})"
+    words = unknown_words(model, question)
+    if words:
+        listed = ", ".join(words)
+        msg = f"example '{example.id}': the tokenizer of {model.name} does not know words of the judged text ({listed})"
         raise DataError(msg)
-    return encoding
+    return model.encode(fresh)
 
 
 def _blind_rows(model: Lvlm, prompts: Sequence[Encoding], form: str) -> list[Inputs]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from groundscope.core.registry import Registry
 from mitigation.self_judgment.dsgd import SelfJudgmentDecoding
+from mitigation.self_judgment.fgsd import HarmRefusal
 from mitigation.training_free.controls.cut import CutGreedy
 from mitigation.training_free.controls.random_branches import GaussianBranch, OtherImageBranch
 from mitigation.training_free.controls.rules import APCOnly, Greedy, YesNoBias
@@ -69,6 +70,7 @@ training_free_methods: Registry[type[TrainingFree]] = Registry(
         "avisc": AvisC,
         "beam": BeamSearch,
         "dsgd": SelfJudgmentDecoding,
+        "fgsd": HarmRefusal,
         "code": CODE,
         "counterfactual_keywords": CounterfactualKeywords,
         "damro": DAMRO,

@@ -251,6 +251,22 @@ def test_the_detector_has_the_values_of_scikit_learn_and_intervals_by_image() ->
     assert len(result.frame()) == 3
 
 
+def test_ends_of_intervals_stay_within_the_range_of_their_statistic() -> None:
+    rng = np.random.default_rng(0)
+    truth = np.tile([True, False, True, False], 6)
+    score = truth + 0.45 * rng.random(24)
+    score[3] = 3.0  # one error in six images: the correction for few images passes 1
+    groups = [f"image {i // 4}" for i in range(24)]
+    for judgments in (Judgments(score, -score), Judgments(-score, score)):
+        result = detect(judgments, truth, groups)
+        for row in result.rows:
+            for estimate in (row.auc, row.auc_within):
+                assert 0 <= estimate.low <= estimate.value <= estimate.high <= 1
+            assert -1 <= row.rank_correlation.low <= row.rank_correlation.high <= 1
+        assert (result.rows[0].auc.high == 1) != (result.rows[0].auc.low == 0)
+        assert -1 <= result.text_bias.low <= result.text_bias.high <= 1
+
+
 def test_labels_of_one_class_are_refused() -> None:
     judgments = Judgments(np.zeros(2), np.zeros(2))
     with pytest.raises(DataError, match="all 2 sentences have the label True"):
