@@ -54,10 +54,11 @@ import yaml
 
 from benchmarks._harness import describe_device, figure, finish, option_parser, print_figures, progress, wide_console
 from experiments.cli.main import main as command
-from experiments.config import STAGES
+from experiments.config import DEFAULT_STAGES
 from experiments.report import write_report
 from experiments.run.context import Context
 from experiments.run.folder import OWN, RECEIPT, file_digest, stamp
+from experiments.stages.registry import TABLE
 from groundscope.core.document_digest import KEY, document_digest
 from groundscope.core.errors import GroundscopeError
 
@@ -538,7 +539,7 @@ def main() -> None:
         with progress("making a run"):
             share_model()
             whole = options.run.resolve() if options.run else make_run(Path(name))
-        missing = [stage for stage, folder in zip(STAGES, OWN, strict=True) if not (whole / folder / RECEIPT).is_file()]
+        missing = [s for s in DEFAULT_STAGES if not (whole / TABLE[s].folder / RECEIPT).is_file()]
         if missing:
             parser.error(f"the run '{whole}' has not finished the stage '{missing[0]}'; finish it with resume={whole}")
         count = sys.maxsize if options.only else 40 if options.quick else options.cases

@@ -47,6 +47,7 @@ from benchmarks._harness import describe_device, finish, option_parser, progress
 from circuits import HeadScores, compare, patch_heads, top_heads
 from concepts import counterfactuals, scenes
 from concepts.concept import LEVELS
+from concepts.image_files import BytesImage
 from concepts.scenes.icons import COLORS, icon
 from concepts.scenes.scene import SIDE, Scene
 from concepts.schema import Box, ConceptDataset, CounterfactualPair, Example, ImageSource, SceneObject
@@ -117,7 +118,7 @@ class ChangedImage:
             return image.filter(ImageFilter.GaussianBlur(RADIUS))
         buffer = BytesIO()
         image.save(buffer, "JPEG", quality=QUALITY)
-        return Image.open(buffer).convert("RGB")
+        return BytesImage(buffer.getvalue(), self.identity).load()
 
 
 def rotate_box(box: Box) -> Box:

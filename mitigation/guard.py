@@ -338,7 +338,7 @@ def loss_errors(before: Outcome, after: Outcome, names: Sequence[str] | None = N
     >>> from dataclasses import replace
     >>> import groundscope as gs
     >>> from mitigation.guard import Outcome, loss_errors
-    >>> data = gs.ConceptDataset("questions", gs.scenes.dataset(10, splits=["neutral"])[:8])
+    >>> data = gs.ConceptDataset("questions", gs.scenes.dataset(10, splits=["neutral"])[:24])
     >>> answers = gs.answer(gs.load_lvlm("tiny"), data, progress=False)
     >>> loss_errors(Outcome(data, answers), Outcome(data, answers), ["neutral"])
     {'neutral': 0.0}

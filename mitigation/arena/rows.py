@@ -106,6 +106,13 @@ def make_row(text: str, data: DerivationData) -> ArenaRow:
     ------
     ConfigError
         As for `parse_row`, and for a parameter out of range.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> data = gs.DerivationData(gs.load_lvlm("tiny"), None, gs.scenes.dataset(10))
+    >>> gs.make_row("vcd(alpha=0.5)", data).name
+    'VCD (alpha=0.5)'
     """
     name, parameters = parse_row(text)
     return row_of(name, parameters, data)

@@ -94,7 +94,7 @@ def compose(*mitigations: Mitigation) -> Mitigation:
     >>> with both.applied(model):
     ...     answers = gs.answer(model, data)
     >>> len(answers), both.forward_cost.per_token
-    (6, 2)
+    (6, 2.0)
     """
     if not mitigations:
         msg = "there is nothing to combine; give at least one mitigation"

@@ -303,7 +303,7 @@ def test_mme_folders_of_the_release_are_read(tmp_path: Path) -> None:
     (tool / "posters.txt").write_text("0001.jpg\tIs it?\tYes\n0001.jpg\tIs it not?\tNo\n")
     assert {e.group for e in loaders.mme(tool, tmp_path)} == {"posters/images/0001.jpg"}
     (tmp_path / "posters" / "questions_answers_YN" / "0001.txt").write_text("Is it?\n")
-    with pytest.raises(DataError, match=r"0001\.txt: line 1: 1 tab-separated columns"):
+    with pytest.raises(DataError, match=r"0001\.txt: line 1: 1 tab-separated column,"):
         loaders.mme(tmp_path, tmp_path)
 
 

@@ -195,9 +195,9 @@ def test_a_damaged_file_is_named(tmp_path: Path, change: str | dict[str, object]
 def test_invalid_arguments_are_named() -> None:
     example = graph()
     for n in (0, 10**6):
-        with pytest.raises(PatchError, match=f"circuit of {n} edges is impossible"):
+        with pytest.raises(PatchError, match=f"circuit of {n:,} edges is impossible"):
             example.top(n)
-        with pytest.raises(PatchError, match=f"circuit of {n} edges is impossible"):
+        with pytest.raises(PatchError, match=f"circuit of {n:,} edges is impossible"):
             example.greedy(n)
     with pytest.raises(PatchError, match="use names such as"):
         example.score("L9.H0 -> L0.mlp")

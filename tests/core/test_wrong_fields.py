@@ -119,7 +119,7 @@ def grid() -> ProbeGrid:
     }  # fmt: skip
     plain: dict[str, Any] = {
         "concepts": ("object:cat",), "stack": "decoder", "component": "resid_post", "tokens": "last", "layers": (0, 1),
-        "n_heads": None, "held_out": ("a", "b"), "held_out_groups": ("g", "h"), "train_groups": ("i",),
+        "n_heads": None, "heads": (), "held_out": ("a", "b"), "held_out_groups": ("g", "h"), "train_groups": ("i",),
         "provenance": {"split": {"seed": 0}},
     }  # fmt: skip
     return ProbeGrid(**{f.name: plain.get(f.name, np.ones(shapes.get(f.name, (1, 2, 1)))) for f in fields(ProbeGrid)})

@@ -311,7 +311,7 @@ def test_parts_make_the_store_that_one_process_makes(root: Path, traced: Path, c
     assert status == 2
     assert "2 of 3 parts are not traced: 1,2; trace them with groundscope -m" in complaint
     assert (
-        "started in 3 parts, not 4: continue with trace.shards=3"
+        "was started with trace.shards=3, not 4: continue with that number"
         in command("name=whole", *TRACED, "stages=[examples,trace]", "trace.shards=4", "trace.shard=0")[2]
     )
     for number in (1, 2):

@@ -160,6 +160,16 @@ def augment(
     ------
     DataError
         For a data frame without the columns, an empty cell, or two different texts for one key.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> model, data = gs.load_lvlm("tiny"), gs.scenes.dataset(10, splits=["conflict"])
+    >>> facts = gs.mitigation.augment({e.id: "a red apple" for e in data})
+    >>> with facts.applied(model):
+    ...     answers = gs.answer(model, data)
+    >>> len(answers)
+    6
     """
     texts = dict(table) if isinstance(table, Mapping) else _texts_of(table, key, column)
     wrong = next((name for name, text in texts.items() if not isinstance(text, str) or not text.strip()), None)

@@ -146,7 +146,7 @@ class Trust:
 
     Examples
     --------
-    >>> import torch
+    >>> import math, torch
     >>> from mitigation.training_free.methods.opera import Trust
     >>> one = Trust().extended(torch.tensor([0.5]), sigma=2.0)
     >>> two = one.extended(torch.tensor([2.0, 0.5]), sigma=2.0)
