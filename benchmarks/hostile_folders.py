@@ -57,11 +57,13 @@ from experiments.cli.main import main as command
 from experiments.config import DEFAULT_STAGES
 from experiments.report import write_report
 from experiments.run.context import Context
-from experiments.run.folder import OWN, RECEIPT, file_digest, stamp
+from experiments.run.folder import RECEIPT, file_digest, stamp
 from experiments.stages.registry import TABLE
 from groundscope.core.document_digest import KEY, document_digest
 from groundscope.core.errors import GroundscopeError
 
+FOLDERS = tuple(TABLE[stage].folder for stage in DEFAULT_STAGES)
+"""Folders of the stages of a default run."""
 OPTIONS = (
     "model.twin=null", "data.n_images=30", "data.test_images=10", "trace.sites=[resid_post,z]", "trace.tokens=[last]",
     "probe=quick", "probe.concepts=[object:named]", "patch.kinds=[object]", "patch.pairs=4", "steer.compare=false",
@@ -150,14 +152,14 @@ def list_damages(run: Path) -> Iterator[Damage]:
             change = functools.partial(_replace_bytes, file, content)
             must = not (replaceable or reseal)
             yield Damage(f"bytes {file} {content[:8]!r}", "bytes", change, must_be_detected=must, reseal=reseal)
-    for folder in OWN:
+    for folder in FOLDERS:
         change = functools.partial(_add_user_file, folder)
         name, file = f"user's file in {folder}", f"{folder}/{OUTSIDE_FILE}"
         yield Damage(name, "user", change, must_be_detected=False, user_file=file)
 
 
 def _name_damages() -> Iterator[Damage]:
-    for folder in OWN:
+    for folder in FOLDERS:
         for name in NAMES:
             change = functools.partial(_add_name_to_receipt, folder, name)
             yield Damage(f"name {name!r} in {folder}/{RECEIPT}", "name", change)
@@ -181,7 +183,7 @@ def _name_damages() -> Iterator[Damage]:
 def _link_damages(files: list[str]) -> Iterator[Damage]:
     places = [
         *files,
-        *OWN,
+        *FOLDERS,
         ".locks",
         "steering/vector.safetensors.part",
         f".report.html.{os.getpid()}.part",
@@ -285,7 +287,7 @@ def _set_option(key: str, value: Any, run: Path, _: Path) -> None:
 
 def _reseal(run: Path) -> None:
     """Recompute every receipt from the files in the folder."""
-    for folder in OWN:
+    for folder in FOLDERS:
         receipt = run / folder / RECEIPT
         value = _load(receipt)
         for name in value["files"]:
