@@ -71,14 +71,19 @@ def seconds(
 
 def main() -> None:
     """Run the benchmark."""
-    options = option_parser(__doc__, save=True, device=True).parse_args()
-    tokens, repetitions = (16, 2) if options.quick else (64, 5)
+    parser = option_parser(__doc__, save=True, device=True)
+    parser.add_argument("--methods", default="", help="names, separated by commas; all by default")
+    parser.add_argument("--repetitions", type=int, default=5)
+    options = parser.parse_args()
+    tokens, repetitions = (16, 2) if options.quick else (64, options.repetitions)
     model = wrap_lvlm(build_network().to(options.device), build_processor(), name="random LLaVA", validate=False)
     questions = make_questions(2)
     data = DerivationData(model, None, questions, ("L3.H0", "L7.H1"))
     one = next(model.batches(questions.examples[:1], 1))
     two = next(model.batches(questions.examples, 2))
     names = [n for n, cls in training_free_methods.usable().items() if not cls.control and n not in LEFT_OUT]
+    if options.methods:
+        names = options.methods.split(",")
     figures: dict[str, Figure] = {}
     table = Table(
         "method", "first, x plain", "step, x plain", "step, x plain at twice the batch", "branches", title="medians"

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FORMAT, VERSION = "groundscope.arena", 1
+_LONGEST = 200
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,16 @@ class ArenaResult:
 
 
 def _json(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value if _is_plain(value) else str(value) for key, value in values.items()}
+    return {
+        key: value if _is_plain(value) and len(str(value)) <= 2000 else _abbreviated(value)
+        for key, value in values.items()
+    }
+
+
+def _abbreviated(value: object) -> str:
+    """Return an object, such as the images of a control, as text of at most `_LONGEST` characters."""
+    text = str(value)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
 def _is_plain(value: object) -> bool:

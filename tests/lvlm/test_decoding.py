@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from groundscope.core.errors import ModelError
-from lvlm import Sampling
+from lvlm import Sampling, wrap_lvlm
 from lvlm.decoding.decoder import AnswerRule, Branch, Prompts, RuleDecoder, Step
 from lvlm.decoding.loop import first_logits, generate, generate_prompts, merges_caches
 from lvlm.generation import greedy
@@ -18,7 +18,7 @@ from lvlm.sites import Site
 from mitigation.training_free.branches import without_image
 from tests.toys.decoding_oracle import double_model, naive_steps, text_only
 from tests.toys.examples import example
-from tests.toys.families import model
+from tests.toys.families import build, model
 from tests.toys.random_models import hooks_of
 
 STEPS = 5
@@ -197,10 +197,11 @@ def test_hooks_and_replaced_methods_are_gone_after_an_error() -> None:
 
 
 def test_the_tower_runs_once_for_branches_with_the_same_pixels() -> None:
-    lvlm = model("llava")
+    lvlm = wrap_lvlm(*build("llava"), name="llava", validate=False)  # not shared: a method of a module is replaced
     batch = next(lvlm.batches([example(0)], 1))
     tower = lvlm.tower
     assert tower is not None
+    assert merges_caches(lvlm)  # measured once a model, with runs of the tower
     runs: list[None] = []
     inner = next(m for m in tower.modules() if not list(m.children()))
 
