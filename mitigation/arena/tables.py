@@ -137,7 +137,7 @@ def _listed(row: RowResult, controls: int) -> str:
 
 
 def as_text(arena: ArenaResult, *, brief: bool = False) -> str:
-    """Return the tables of all regimes as lines of text; `brief` leaves out the columns of single splits."""
+    """Return the tables of all regimes as lines of text; `brief` leaves out F1, the share of yes, and details of price."""
     parts = []
     for regime in dict.fromkeys(row.regime for row in arena.rows):
         lines = [
@@ -146,7 +146,9 @@ def as_text(arena: ArenaResult, *, brief: bool = False) -> str:
             if not _problem(row)
         ]
         if brief:
-            skipped = {i for i, head in enumerate(lines[0]) if head.split(" ")[0] in _SPLITS or head in _NOT_BRIEF}
+            skipped = {
+                i for i, head in enumerate(lines[0]) if head.endswith((" F1", " yes ratio")) or head in _NOT_BRIEF
+            }
             lines = [[cell for i, cell in enumerate(line) if i not in skipped] for line in lines]
         widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]) - 1)]
         body = (_aligned(line, widths) for line in lines)

@@ -13,8 +13,9 @@ import groundscope as gs
 from groundscope.core.errors import ConfigError
 from lvlm.decoding.loop import generate
 from mitigation import training_free_methods
+from mitigation.training_free.branch_methods import BranchRule
 from mitigation.training_free.candidates import contrast, plausible
-from mitigation.training_free.methods.vcd import VCD, _Rule, kept_signal
+from mitigation.training_free.methods.vcd import VCD, kept_signal
 from mitigation.training_free.scaling import scaled_count, scaled_layers
 from tests.toys.decoding_oracle import double_model, naive_steps
 from tests.toys.examples import example
@@ -54,7 +55,7 @@ def test_vcd_is_the_written_rule(family: str) -> None:
     lvlm = double_model(family)
     batch = next(lvlm.batches([example(0), example(1)], 2))
     method = VCD(beta=0.0)
-    rule = _Rule(method, lvlm, batch)
+    rule = BranchRule(method, lvlm, batch)
     answers = generate(lvlm, batch, rule, 4, ends=False)
     for row, encoding in enumerate(batch.encodings):
         plain = {n: x.double() if x.is_floating_point() else x for n, x in encoding.inputs.items()}

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lvlm.decoding.attention_edits import edit_attention
 from lvlm.decoding.attention_rows import AttentionRows
-from lvlm.decoding.decoder import AnswerRule, Branch, RuleDecoder, Step
+from lvlm.decoding.decoder import Branch, Step
 from mitigation.protocol import ForwardCost
 from mitigation.training_free.attention import AttentionMethod, check_layers
+from mitigation.training_free.branch_methods import BranchDecoder, BranchMethod
 from mitigation.training_free.branches import check_runs_without_image, without_image
 from mitigation.training_free.candidates import contrast
 from mitigation.training_free.method import check_range
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class PAI(AttentionMethod):
+class PAI(AttentionMethod, BranchMethod):
     """Pay attention to image: raise the attention scores of image tokens, and subtract what the model says without an image.
 
     Before the softmax, scores of the last query to image tokens become ``w + alpha |w|`` in `layers`. The next token is chosen
@@ -89,25 +91,12 @@ class PAI(AttentionMethod):
         if self.alpha:
             layers = self.edited_layers(model)
             stack.enter_context(edit_attention(model, self.edited, layers=layers, branches=[0], registered=True))
-        return None if self.gamma == 1 and (self.alpha == 0 or self.beta == 0) else _Decoder(self)
+        return None if self.gamma == 1 and (self.alpha == 0 or self.beta == 0) else BranchDecoder(self)
 
+    def _branches(self, model: Lvlm, batch: Batch, state: Any) -> Sequence[Branch]:
+        return [] if self.gamma == 1 else [without_image(model, batch)]
 
-@dataclass(frozen=True)
-class _Decoder(RuleDecoder):
-    method: PAI
-
-    def start(self, model: Lvlm, batch: Batch) -> AnswerRule:
-        return _Rule(self.method, model, batch)
-
-
-class _Rule(AnswerRule):
-    def __init__(self, method: PAI, model: Lvlm, batch: Batch) -> None:
-        self._method, self._model, self._batch = method, model, batch
-
-    def branches(self, first: Step) -> list[Branch]:
-        return [] if self._method.gamma == 1 else [without_image(self._model, self._batch)]
-
-    def combine(self, step: Step) -> Tensor:
+    def _combine(self, step: Step, state: Any) -> Tensor:
         log_p = step.logits.log_softmax(-1)
         blind = step.branches[0].log_softmax(-1) if step.branches else torch.zeros_like(log_p)
-        return contrast(log_p, blind, self._method.gamma - 1, self._method.beta)
+        return contrast(log_p, blind, self.gamma - 1, self.beta)

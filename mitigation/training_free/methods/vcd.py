@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
-from contextlib import ExitStack
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lvlm.decoding.decoder import AnswerRule, Branch, RuleDecoder, Step
+from lvlm.decoding.decoder import Branch, Step
 from mitigation.protocol import ForwardCost
+from mitigation.training_free.branch_methods import BranchMethod
 from mitigation.training_free.branches import with_pixels
 from mitigation.training_free.candidates import contrast
-from mitigation.training_free.method import Category, Regime, TrainingFree, check_range
+from mitigation.training_free.method import Category, Regime, check_range
+from mitigation.training_free.seeds import torch_generator_of
 
 if TYPE_CHECKING:
     from concepts.schema import Example
-    from lvlm.decoding.decoder import Decoder
     from lvlm.encoding.encode import Batch
     from lvlm.model import Lvlm
 
 
 @dataclass(frozen=True)
-class VCD(TrainingFree):
+class VCD(BranchMethod):
     """Visual contrastive decoding: subtract the logits that the model has for the image under diffusion noise.
 
     The next token is chosen from ``(1 + alpha) l - alpha l'`` among tokens with at least `beta` times the largest probability,
@@ -64,32 +64,18 @@ class VCD(TrainingFree):
         check_range("beta", self.beta, 0, 1)
         check_range("step", self.step, 0, 999)
 
-    def _enter(self, model: Lvlm, stack: ExitStack) -> Decoder | None:
-        return None if self.alpha == 0 and self.beta == 0 else _Decoder(self)
+    @property
+    def _neutral(self) -> bool:
+        return self.alpha == 0 and self.beta == 0
 
-
-@dataclass(frozen=True)
-class _Decoder(RuleDecoder):
-    method: VCD
-
-    def start(self, model: Lvlm, batch: Batch) -> AnswerRule:
-        return _Rule(self.method, model, batch)
-
-
-class _Rule(AnswerRule):
-    def __init__(self, method: VCD, model: Lvlm, batch: Batch) -> None:
-        self._method, self._model, self._batch = method, model, batch
-
-    def branches(self, first: Step) -> list[Branch]:
-        method = self._method
-
+    def _branches(self, model: Lvlm, batch: Batch, state: Any) -> Sequence[Branch]:
         def noisy(example: Example, name: str, pixels: Tensor) -> Tensor:
-            return add_noise(pixels, method.step, f"{method.seed}\0{example.id}\0{name}")
+            return add_noise(pixels, self.step, self.seed, example.id, name)
 
-        return [with_pixels(self._model, self._batch, "noisy image", noisy)]
+        return [with_pixels(model, batch, "noisy image", noisy)]
 
-    def combine(self, step: Step) -> Tensor:
-        return contrast(step.logits, step.branches[0], self._method.alpha, self._method.beta)
+    def _combine(self, step: Step, state: Any) -> Tensor:
+        return contrast(step.logits, step.branches[0], self.alpha, self.beta)
 
 
 def kept_signal(step: int) -> float:
@@ -98,9 +84,8 @@ def kept_signal(step: int) -> float:
     return float(np.cumprod(1 - betas)[step])
 
 
-def add_noise(pixels: Tensor, step: int, name: str) -> Tensor:
-    """Return pixels after a step of the diffusion process; the noise depends on `name` only."""
-    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
-    noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+def add_noise(pixels: Tensor, step: int, *names: object) -> Tensor:
+    """Return pixels after a step of the diffusion process; the noise depends on the names only."""
+    noise = torch.randn(pixels.shape, generator=torch_generator_of(*names), dtype=torch.float32)
     signal = kept_signal(step)
     return (signal**0.5 * pixels.float() + (1 - signal) ** 0.5 * noise.to(pixels.device)).to(pixels.dtype)
