@@ -1,6 +1,6 @@
 """Scores of whole candidate texts, for candidates that share their first token.
 
-``red car`` and ``red bus`` cannot be told apart by their first token. Their whole texts can: the score of a candidate is the
+``red car`` and ``red bus`` begin with the same token, so their whole texts are compared: the score of a candidate is the
 log-probability of its tokens after the prompt, summed, or divided by their number. The sum prefers short texts; the mean does
 not, but is no probability (Brown et al. 2020, arXiv 2005.14165, section 2.4, use it for most tasks with several candidates).
 """
