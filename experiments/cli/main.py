@@ -58,7 +58,7 @@ def _dispatch(arguments: Sequence[str], console: Console) -> int:
 
         sys.stdout.write(f"groundscope {version('groundscope')}\n")
         return 0
-    for name, options in _SHORT_RUNS.items():
+    for name, options in SHORT_RUNS.items():
         if name in arguments[:2] and first not in COMMANDS:  # also after -m
             return _run(short_run_words(options, [word for word in arguments if word != name]), console)
     if first in COMMANDS:
@@ -107,13 +107,8 @@ _EVALUATION = {
 """Options of `groundscope evaluate`: ask every question, without any stage before."""
 _ARENA = {"name": "arena", "stages": "[examples,arena,report]"}
 """Options of `groundscope arena`: compare methods that need no activations and no heads."""
-_SHORT_RUNS = {"evaluate": _EVALUATION, "arena": _ARENA}
+SHORT_RUNS = {"evaluate": _EVALUATION, "arena": _ARENA}
 """Command to the options of its run."""
-
-
-def evaluation_words(arguments: Sequence[str]) -> list[str]:
-    """Return the command line of `groundscope evaluate`; options that it contains replace those of `_EVALUATION`."""
-    return short_run_words(_EVALUATION, arguments)
 
 
 def short_run_words(options: Mapping[str, str], arguments: Sequence[str]) -> list[str]:

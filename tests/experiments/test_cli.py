@@ -25,7 +25,7 @@ from rich.console import Console
 
 from experiments import pipeline
 from experiments.cli.help import choices, groups
-from experiments.cli.main import evaluation_words
+from experiments.cli.main import SHORT_RUNS, short_run_words
 from experiments.cli.overrides import compose, read
 from experiments.config import STAGES, RunConfig
 from experiments.pipeline import execute
@@ -459,8 +459,8 @@ def test_every_command_of_the_guides_is_one(line: str, tmp_path: Path, command: 
         assert status == 2
         assert "no run in 'runs/" in error
         return
-    if words and words[0] == "evaluate":
-        words = evaluation_words(words[1:])
+    if words and words[0] in SHORT_RUNS:
+        words = short_run_words(SHORT_RUNS[words[0]], words[1:])
     words = [w for w in words if w != "plan" and w.partition("=")[0] not in {"examples", "seconds"}]
     if words and words[0].startswith("resume="):
         words = words[1:]

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from behavior import BehaviorResult
 from behavior.pope import score_result
-from experiments.cli.main import evaluation_words
+from experiments.cli.main import SHORT_RUNS, short_run_words
 from experiments.cli.overrides import compose, read
 from experiments.config import DataConfig, RunConfig
 from experiments.data import load_parts, user_function
@@ -46,7 +46,7 @@ def evaluation(files: Path) -> tuple[Path, str]:
     nine = ",".join(str(files / f"{name}_{split}.json") for name in SETS for split in SPLITS)
     words = ["data=pope", f"data.questions=[{nine}]", f"data.images={files / 'images'}", f"data.suffix='{SUFFIX}'"]
     output = io.StringIO()
-    options = evaluation_words([*words, f"root={files / 'runs'}", "threads=1"])
+    options = short_run_words(SHORT_RUNS["evaluate"], [*words, f"root={files / 'runs'}", "threads=1"])
     return execute(compose(options)[0], Console(file=output, width=200)), output.getvalue()
 
 

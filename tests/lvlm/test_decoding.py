@@ -18,7 +18,7 @@ from lvlm.sites import Site
 from mitigation.training_free.branches import without_image
 from tests.toys.decoding_oracle import double_model, naive_steps, text_only
 from tests.toys.examples import example
-from tests.toys.families import build, model
+from tests.toys.families import build_new, model
 from tests.toys.random_models import hooks_of
 
 STEPS = 5
@@ -197,7 +197,7 @@ def test_hooks_and_replaced_methods_are_gone_after_an_error() -> None:
 
 
 def test_the_tower_runs_once_for_branches_with_the_same_pixels() -> None:
-    lvlm = wrap_lvlm(*build("llava"), name="llava", validate=False)  # not shared: a method of a module is replaced
+    lvlm = wrap_lvlm(*build_new("llava"), name="llava", validate=False)
     batch = next(lvlm.batches([example(0)], 1))
     tower = lvlm.tower
     assert tower is not None

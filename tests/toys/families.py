@@ -49,7 +49,12 @@ BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {
 
 @cache
 def build(name: str) -> tuple[Any, Any]:
-    """Return a family's model, with weights that matter, and its processor."""
+    """Return a family's model, with weights that matter, and its processor; every caller is given the same one."""
+    return build_new(name)
+
+
+def build_new(name: str) -> tuple[Any, Any]:
+    """Return what `build` returns, as objects that no other test has: for tests that replace a module's ``forward``."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model, processor = BUILDERS[name]()
