@@ -2,37 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from concepts.schema import Box, Example, ImageSource, NoImage, check_box
+from concepts.schema import Box, Example, ImageSource, check_box
 from groundscope.core.bounded_cache import BoundedCache
-from groundscope.core.errors import ModelError, SiteError
-from lvlm.access.eager_attention import eager, implementations, warn_of_eager
+from groundscope.core.errors import ModelError
+from lvlm.access.attention_parts import has_attention, head_site, output_projection
+from lvlm.access.eager_attention import eager, implementations
 from lvlm.access.hook_point import HookPoint
+from lvlm.access.reading import read_sites
 from lvlm.access.shared_vision_run import share_vision_runs, vision_tower
 from lvlm.access.site_lookup import expand_sites, find_hook_point
+from lvlm.access.unembedding import last_logits, unembed
 from lvlm.access.weights import device_of
-from lvlm.active_interventions import (
-    ActiveIntervention,
-    Registration,
-    active_interventions,
-    mark_observer,
-    unregistered_hooks,
-)
+from lvlm.active_interventions import ActiveIntervention, Registration, active_interventions, unregistered_hooks
+from lvlm.answering import answer_batch, answer_logits, answer_prompt
+from lvlm.config_hash import config_hash
+from lvlm.encoding.batches import batches
 from lvlm.encoding.encode import Batch, Encoding, Inputs, Prompt, check_alike, encode
+from lvlm.encoding.image_placeholder import content_id, content_token, placeholder
 from lvlm.encoding.registry import image_encodings
 from lvlm.family.module_detection import complete, heads_of, text_config, vision_heads
-from lvlm.family.specification import FamilySpec, find, layer_list, resolve
-from lvlm.generation import greedy
-from lvlm.images import MemoryImage, as_rgb
+from lvlm.family.specification import FamilySpec, layer_list
 from lvlm.interfaces import EncodedImage, ImageEncoding
 from lvlm.processor_digest import pixel_settings
 from lvlm.prompting import prompt_of
@@ -50,11 +47,7 @@ __all__ = ["Batch", "Encoding", "HookPoint", "Inputs", "Lvlm", "Prompt"]
 _Value = TypeVar("_Value")
 IMAGE_CACHE_BYTES = 256 << 20
 """Largest number of bytes of encoded images that a model caches, because several questions may be about one image."""
-CHUNK_BYTES = 256 << 20
-"""Number of bytes of encodings after which `Lvlm.batches` yields batches before it encodes more examples."""
 _ANSWER_CACHE = 1024
-_INCIDENTAL = {"_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype"}
-"""Configuration fields that depend on where, how and with which release a model was loaded."""
 
 
 class Lvlm:
@@ -175,20 +168,10 @@ class Lvlm:
 
         Parameters
         ----------
-        text
-            Text with the model's `placeholder` once per image, up to where the answer begins.
+        text, question, name, boxes, subject, prefix
+            As the fields of `lvlm.encoding.encode.Prompt`.
         images
             RGB images, in the order of their placeholders.
-        question
-            Part of the text whose words the token selection ``question`` selects.
-        name
-            Name of the prompt in error messages.
-        boxes
-            Object id to the index of its image and its pixel box.
-        subject
-            Id of the object that the token selection ``object`` selects.
-        prefix
-            Start of the answer that the model has already written; its tokens follow those of the text.
 
         Raises
         ------
@@ -205,8 +188,8 @@ class Lvlm:
     def batches(self, examples: Sequence[Example], size: int = 32, *, in_order: bool = True) -> Iterator[Batch]:
         """Yield encoded examples in batches of equal shape, in a fixed order.
 
-        Examples are encoded in chunks of ``64 * size``, or of fewer if their inputs reach `CHUNK_BYTES`, so memory grows neither
-        with the dataset nor with the size of images.
+        Memory grows neither with the number of examples nor with the size of their images: they are encoded in chunks, of
+        ``64 * size`` examples or of `lvlm.encoding.batches.CHUNK_BYTES`.
 
         Parameters
         ----------
@@ -217,25 +200,7 @@ class Lvlm:
         in_order
             True: encode a chunk, then yield its batches by shape, shortest first. False: yield each batch when it is full.
         """
-        start = 0
-        while start < len(examples):
-            by_shape: dict[tuple[Any, ...], list[tuple[int, Encoding]]] = {}
-            tensors: dict[int, int] = {}  # bytes by identity: questions about one image share its pixels
-            i = start
-            while i < min(len(examples), start + 64 * size):
-                encoding = self.encode(examples[i])
-                by_shape.setdefault(encoding.shape, []).append((i, encoding))
-                tensors |= {id(x): x.nbytes for x in encoding.inputs.values()}
-                i += 1
-                if not in_order and len(by_shape[encoding.shape]) == size:
-                    yield self._batch(by_shape.pop(encoding.shape))
-                # A chunk ends after whole batches only, to avoid short batches.
-                if (i - start) % size == 0 and sum(tensors.values()) > CHUNK_BYTES:
-                    break
-            start = i
-            for _, items in sorted(by_shape.items()):
-                for k in range(0, len(items), size):
-                    yield self._batch(items[k : k + size])
+        return batches(examples, size, self.encode, self.collate, in_order=in_order)
 
     def collate(self, encodings: Sequence[Encoding]) -> Inputs:
         """Stack inputs of equal shape and move them to the model's device; raises `DataError` if shapes differ."""
@@ -250,29 +215,17 @@ class Lvlm:
     @property
     def placeholder(self) -> str:
         """Text that stands for an image in a prompt."""
-        token = self.spec.placeholder or self.processor.image_token
-        return str(getattr(token, "content", token))
+        return placeholder(self)
 
     @property
     def content_id(self) -> int:
         """Id of the image token, whose embeddings are replaced by those of the image."""
-        config = self.hf.config
-        for name in ("image_token_id", "image_token_index"):
-            if isinstance(identity := getattr(config, name, None), int):
-                return identity
-        return int(self.processor.tokenizer.convert_tokens_to_ids(self.placeholder))
+        return content_id(self)
 
     @property
     def content_token(self) -> str:
         """Text of the image token; raises `ModelError` if the tokenizer has no such token."""
-        token = self.processor.tokenizer.convert_ids_to_tokens(self.content_id)
-        if token is None:
-            msg = (
-                f"the tokenizer of {self.name} has no token {self.content_id}, the configuration's image token; use the "
-                "tokenizer that belongs to the model"
-            )
-            raise ModelError(msg)
-        return str(token)
+        return content_token(self)
 
     @property
     def accepts(self) -> frozenset[str]:
@@ -282,10 +235,6 @@ class Lvlm:
     def _encode_image(self, source: ImageSource) -> EncodedImage:
         key = (source.identity, pixel_settings(self.processor))
         return self._image_cache.get(key, lambda: self.image_encoding.encode(self, source.load()))
-
-    def _batch(self, items: Sequence[tuple[int, Encoding]]) -> Batch:
-        index, encodings = zip(*items, strict=True)
-        return Batch(index, encodings, self.collate(encodings))
 
     # -- running ---------------------------------------------------------------------------------------------------
 
@@ -298,12 +247,9 @@ class Lvlm:
         with share_vision_runs(self, images):
             return self.forward(inputs)[:, -1]
 
-    @torch.no_grad()
     def answer_logits(self, batch: Batch) -> Tensor:
         """Return the logits that the first token of each answer is chosen from, ``[B, V]``: the decoder's if one is active."""
-        if self.decoder is not None:
-            return self.decoder.first_logits(self, batch)
-        return self.logits(batch.inputs, batch.images)
+        return answer_logits(self, batch)
 
     def forward(self, inputs: Mapping[str, Tensor], *, keep: int = 1, **options: Any) -> Tensor:
         """Run one forward pass, with gradients if they are enabled; return the logits at the last positions.
@@ -326,27 +272,9 @@ class Lvlm:
         with self.last_logits(keep) as logits_option:
             return self.hf(**on_device, **{"use_cache": False, **options, **logits_option}).logits[:, -keep:]
 
-    @contextmanager
-    def last_logits(self, keep: int = 1) -> Iterator[dict[str, Any]]:
-        """Compute logits at the last `keep` positions only while the context is open; yield the model's arguments for it.
-
-        Logits at all positions are the largest tensor of a forward pass. ``logits_to_keep`` is used if the model accepts it;
-        otherwise the unembedding receives the last positions only.
-        """
-        if "logits_to_keep" in self.accepts:
-            yield {"logits_to_keep": keep}
-            return
-
-        @mark_observer
-        def select_last(_module: nn.Module, args: tuple[Any, ...]) -> Any:
-            x = args[0] if args else None
-            return (x[:, -keep:], *args[1:]) if isinstance(x, Tensor) and x.dim() == 3 and x.shape[1] > keep else None
-
-        handle = resolve(self.hf, self.spec.unembedding or "", self.spec).register_forward_pre_hook(select_last)
-        try:
-            yield {}
-        finally:
-            handle.remove()
+    def last_logits(self, keep: int = 1) -> AbstractContextManager[dict[str, Any]]:
+        """Compute logits at the last `keep` positions only while the context is open; yields the model's arguments for it."""
+        return last_logits(self, keep)
 
     def ask(self, image: Any, question: str, *, system: str | None = None, max_new_tokens: int = 40) -> str:
         """Return the model's answer to a question about an image, in the prompt of its chat template.
@@ -378,9 +306,8 @@ class Lvlm:
         >>> model.ask(scene.image, scene.question) in ("yes", "no")
         True
         """
-        images = image if isinstance(image, list | tuple) else [image]
-        text = self.prompt(question, len(images), system=system)
-        return self._answer(images, text, question, max_new_tokens, system=system)
+        text = self.prompt(question, len(image) if isinstance(image, list | tuple) else 1, system=system)
+        return answer_prompt(self, image, text, max_new_tokens, question=question, system=system)
 
     def generate(self, images: Any, prompt: str, *, max_new_tokens: int = 40) -> str:
         """Return the greedy continuation of a prompt as text, without a chat template.
@@ -411,51 +338,18 @@ class Lvlm:
         >>> model.generate(scene.image, model.prompt(scene.question)) == model.ask(scene.image, scene.question)
         True
         """
-        images = images if isinstance(images, list | tuple) else [images]
-        return self._answer(images, prompt, "", max_new_tokens)
+        return answer_prompt(self, images, prompt, max_new_tokens)
 
     def generate_batch(self, batch: Batch, max_new_tokens: int = 40, *, sampling: Sampling | None = None) -> list[str]:
         """Return the answers to a batch as text, without the prefixes that they continue: greedy, or sampled.
 
         The checkpoint's generation settings are ignored, see `generate`. Sampled answers depend on the ids of their examples.
         """
-        if self.decoder is not None:
-            return self._texts(self.decoder.generate(self, batch, max_new_tokens, sampling))
-        choose = None if sampling is None else sampling.processor([e.example.id for e in batch.encodings])
-        return self._texts(greedy(self, batch.inputs, max_new_tokens, images=batch.images, choose=choose))
-
-    def _answer(
-        self, images: Sequence[Any], text: str, question: str, max_new_tokens: int, *, system: str | None = None
-    ) -> str:
-        if max_new_tokens < 1:
-            msg = f"max_new_tokens={max_new_tokens}; it must be at least 1"
-            raise ModelError(msg)
-        pictures = [as_rgb(image) for image in images]
-        inputs, tokens = self.encode_prompt(text, pictures, question=question)
-        if self.decoder is None:
-            return self._texts(greedy(self, self.on_device(inputs), max_new_tokens))[0]
-        first, *further = map(MemoryImage.of, pictures) if pictures else (NoImage(),)
-        example = Example(
-            *("prompt", first, question, "", (), "object", "open", "", "prompt"),
-            further_images=tuple(further),
-            system=system,
-        )
-        batch = Batch((0,), (Encoding(example, inputs, tokens),), self.on_device(inputs))
-        return self._texts(self.decoder.generate(self, batch, max_new_tokens))[0]
-
-    def _texts(self, answers: list[list[int]]) -> list[str]:
-        return [t.strip() for t in self.processor.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+        return answer_batch(self, batch, max_new_tokens, sampling)
 
     def unembed(self, residual: Tensor) -> Tensor:
         """Apply the final norm and the unembedding to decoder residuals ``[..., D]`` -> ``[..., V]``."""
-        if self.spec.final_norm:
-            residual = resolve(self.hf, self.spec.final_norm, self.spec)(residual)
-        if self._scaled:
-            residual = residual * residual.shape[-1] ** -0.5
-        logits = resolve(self.hf, self.spec.unembedding or "", self.spec)(residual)
-        bias = getattr(self.hf, "final_logits_bias", None)
-        logits = logits if bias is None else logits + bias
-        return torch.tanh(logits / self._softcap) * self._softcap if self._softcap else logits
+        return unembed(self, residual, scaled=self._scaled, softcap=self._softcap)
 
     def read(
         self,
@@ -485,52 +379,18 @@ class Lvlm:
         SiteError
             For a site that the model lacks or the forward pass does not reach.
         """
-        parsed = [Site.parse(s) if isinstance(s, str) else s for s in sites]
-        points = [(site, self.locate(site)) for site in parsed]
-        values: dict[str, Tensor] = {}
-        reached: set[Site] = set()
-        with_pattern = any(s.component == "pattern" for s in parsed)
-        if with_pattern and not quiet:
-            warn_of_eager(self)
-        with ExitStack() as stack:
-            if with_pattern:
-                stack.enter_context(self.eager())
-            for site, point in points:
+        return read_sites(self, lambda: self.logits(inputs), sites, take=take, quiet=quiet)
 
-                def store(x: Tensor, site: Site = site) -> None:
-                    reached.add(site)
-                    part = x if take is None else take(site, x)
-                    if part is not None:
-                        # A view would keep the full tensor in memory, and modules may write into their inputs.
-                        values[str(site)] = part.clone()
-
-                stack.callback(point.watch(store).remove)
-            self.logits(inputs)
-        missing = [site for site in parsed if site not in reached]
-        if missing:
-            pattern = missing[0].component == "pattern"
-            why = "its attention returns no weights" if pattern else "its forward pass does not reach it"
-            msg = f"site '{missing[0]}' is in {self.name}, but {why}"
-            raise SiteError(msg)
-        return values
-
-    @contextmanager
-    def eager(self) -> Iterator[None]:
+    def eager(self) -> AbstractContextManager[None]:
         """Compute attention step by step while the context is open, so that its pattern can be read."""
-        with eager(self):
-            yield
+        return eager(self)
 
-    @contextmanager
-    def reading_answers(self, start: int | None) -> Iterator[None]:
+    def reading_answers(self, start: int | None) -> AbstractContextManager[None]:
         """Treat tokens from `start` on as generated in forward passes while the context is open; None: no token.
 
         Interventions then act on prompts with appended answers as they do during generation.
         """
-        before, self.answer_from = self.answer_from, start
-        try:
-            yield
-        finally:
-            self.answer_from = before
+        return _replaced(self, "answer_from", start)
 
     @contextmanager
     def decoding_with(self, decoder: Decoder) -> Iterator[None]:
@@ -544,29 +404,16 @@ class Lvlm:
         if self.decoder is not None:
             msg = f"{type(self.decoder).__name__} and {type(decoder).__name__} both choose the next token; apply one of them"
             raise ModelError(msg)
-        self.decoder = decoder
-        try:
+        with _replaced(self, "decoder", decoder):
             yield
-        finally:
-            self.decoder = None
 
-    @contextmanager
-    def without_end_tokens(self) -> Iterator[None]:
+    def without_end_tokens(self) -> AbstractContextManager[None]:
         """Write answers of full length while the context is open, to measure their cost: end tokens end nothing."""
-        before, self.ends = self.ends, False
-        try:
-            yield
-        finally:
-            self.ends = before
+        return _replaced(self, "ends", False)
 
-    @contextmanager
-    def with_row_layout(self, layout: RowLayout | None) -> Iterator[None]:
+    def with_row_layout(self, layout: RowLayout | None) -> AbstractContextManager[None]:
         """State what the rows and columns of forward passes are while the context is open; see `RowLayout`."""
-        before, self.row_layout = self.row_layout, layout
-        try:
-            yield
-        finally:
-            self.row_layout = before
+        return _replaced(self, "row_layout", layout)
 
     def remember(self, key: Hashable, make: Callable[[], _Value]) -> _Value:
         """Return a cached value, or compute it; the cache has 1,024 entries and is freed with the model.
@@ -614,18 +461,11 @@ class Lvlm:
 
     def attends(self, stack: str, layer: int, *, cross: bool) -> bool:
         """Whether a layer has self-attention, or cross-attention."""
-        spec = self.spec.stack(stack)
-        path = spec.cross_attention if cross else spec.attention
-        if not path:
-            return False
-        layers = self.layers(stack)
-        # If no layer has the path, the spec is wrong, and `locate` names the path.
-        return find(layers[layer], path) is not None or not any(find(other, path) is not None for other in layers)
+        return has_attention(self, stack, layer, cross=cross)
 
     def head_site(self, layer: int) -> Site:
         """Return the site of a decoder layer's heads: in its self-attention, or in its only attention, cross-attention."""
-        has_self_attention = self.attends("decoder", layer, cross=False)
-        return Site("decoder", layer, "z", cross=not has_self_attention and self.attends("decoder", layer, cross=True))
+        return head_site(self, layer)
 
     def head_projection(self, layer: int) -> nn.Linear:
         """Return the output projection of the heads of `head_site`."""
@@ -633,13 +473,7 @@ class Lvlm:
 
     def output_projection(self, stack: str, layer: int, *, cross: bool = False) -> nn.Linear:
         """Return the linear map from a layer's heads to its attention output."""
-        spec = self.spec.stack(stack)
-        path = spec.cross_output_projection if cross else spec.output_projection
-        module = resolve(self.layers(stack)[layer], path, self.spec)
-        if not isinstance(module, nn.Linear):
-            msg = f"'{path}' is a {type(module).__name__}, not a linear layer"
-            raise ModelError(msg)
-        return module
+        return output_projection(self, stack, layer, cross=cross)
 
     @property
     def tower(self) -> nn.Module | None:
@@ -685,9 +519,7 @@ class Lvlm:
     @property
     def config_hash(self) -> str:
         """SHA-256 of the configuration, without fields that depend on where, how and with which release it was loaded."""
-        config = _without(self.hf.config.to_dict(), _INCIDENTAL)
-        text = json.dumps(config, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return config_hash(self.hf.config)
 
     @property
     def weights_hash(self) -> str:
@@ -722,7 +554,12 @@ def _bytes_of(image: EncodedImage) -> int:
     return sum(x.nbytes for x in image.inputs.values())
 
 
-def _without(value: object, names: set[str]) -> object:
-    if isinstance(value, dict):
-        return {k: _without(v, names) for k, v in value.items() if k not in names}
-    return value
+@contextmanager
+def _replaced(model: Lvlm, name: str, value: object) -> Iterator[None]:
+    """Set an attribute of a model while the context is open."""
+    before = getattr(model, name)
+    setattr(model, name, value)
+    try:
+        yield
+    finally:
+        setattr(model, name, before)

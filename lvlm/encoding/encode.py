@@ -67,17 +67,17 @@ class Prompt:
     """A text about images."""
 
     text: str
-    """Text with one placeholder per image, up to where the answer begins."""
+    """Text with the model's placeholder once per image, up to where the answer begins."""
     question: str = ""
     """Part of the text whose words the token selection ``question`` selects."""
     name: str = "prompt"
-    """Name in error messages."""
+    """Name of the prompt in error messages."""
     boxes: Mapping[str, tuple[int, Box]] | None = None
     """Object id to the index of its image and its pixel box."""
     subject: str | None = None
-    """Id of the object in question."""
+    """Id of the object that the token selection ``object`` selects."""
     prefix: str = ""
-    """Start of the answer that the model has already written."""
+    """Start of the answer that the model has already written; its tokens follow those of the text."""
     mentions: tuple[Mention, ...] = ()
     """Objects that the prefix mentions."""
 

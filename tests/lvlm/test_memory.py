@@ -137,7 +137,7 @@ def test_batches_stop_to_collect_at_a_number_of_bytes(monkeypatch: pytest.Monkey
     model = load_lvlm("tiny", validate=False)
     some = list(scenes.dataset(10, 0))[:40]
     whole = [i for batch in model.batches(some, 4) for i in batch.index]
-    monkeypatch.setattr("lvlm.model.CHUNK_BYTES", 1)
+    monkeypatch.setattr("lvlm.encoding.batches.CHUNK_BYTES", 1)
     calls = 0
     encode = model.encode
 
