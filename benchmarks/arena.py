@@ -3,11 +3,12 @@
     python benchmarks/arena.py [--quick] [--save] [--images 1000] [--folder FOLDER] [--price] [--sampling] [--choose]
 
 The data is synthetic: icon scenes of seed 1000, which no method has seen (all questions of conflict, absent and present objects
-and captions; neutral and typical ones of the first 200 images). Methods have their published parameters, and with
---choose also those that are best on 60 other scenes, among equally many for every method. Heads and activations come from 240
-scenes of seed 0. Main columns are conflict scenes (answers by prior) and false yes to absent objects that often occur together
-with what is shown; CHAIR_i of the embedded model is near its floor. Answers are kept in the folder, so that an interrupted
-comparison continues; seconds are measured with --price, on an otherwise idle machine.
+and captions; neutral and typical ones of the first 200 images). Methods have their published parameters, steering vectors the
+strength that a run chooses; with --choose all also have the value of one parameter that is best on 60 other scenes, among equally
+many for every row. Heads (the six that a default run selects) and activations come from 240 scenes of seed 0. Main columns are
+conflict scenes (answers by prior) and false yes to absent objects that often occur together with what is shown; CHAIR_i of the
+embedded model is near its floor. Answers are kept in the folder, so that an interrupted comparison continues; seconds are
+measured with --price, on an otherwise idle machine.
 
 better_than_every_control
     number of methods that reduce errors by prior or false yes beyond the paired interval against every control;
@@ -25,18 +26,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import groundscope as gs
 from benchmarks._harness import RESULTS, Figure, describe_device, figure, finish, option_parser, progress, wide_console
+from circuits.patching.outcomes import RIGHT
 from concepts import scenes
 from concepts.schema import ConceptDataset
+from experiments.config import PatchConfig
+from experiments.stages.patch import KINDS, MIN_RIGHT
 from mitigation.arena.figure import errors_of
 from mitigation.arena.result import ArenaResult
 from mitigation.arena.rows import ArenaRow, default_rows, make_row
 from mitigation.arena.run import ArenaOptions, run_arena
 from mitigation.arena.search import choose_parameters, search_summary
 from mitigation.arena.tables import as_text
-from mitigation.methods import mitigations
 
 DERIVATION, NEUTRAL = 240, 200
-PAIRS = 100
 
 
 def derivation_data(model: gs.Lvlm, folder: Path, images: int) -> tuple[gs.DerivationData, ConceptDataset]:
@@ -49,10 +51,22 @@ def derivation_data(model: gs.Lvlm, folder: Path, images: int) -> tuple[gs.Deriv
     )
     with progress("trace"):
         store = gs.trace(model, own, ["z", "resid_post"], ["last"], folder / f"store-{images}", progress=False)
-    pairs = gs.counterfactuals.pairs(own.where(split="neutral"), "color", limit=PAIRS)
     with progress("patch"):
-        heads = gs.patch_heads(model, pairs, progress=False).top(2)
+        heads = default_heads(model, own)
     return gs.DerivationData(model, store, own, heads), validation
+
+
+def default_heads(model: gs.Lvlm, data: ConceptDataset) -> tuple[gs.Head, ...]:
+    """Return the heads that a default run selects: the largest effects, averaged over three kinds of pairs."""
+    options, scores = PatchConfig(), []
+    for kind in KINDS:
+        pairs = gs.counterfactuals.balanced_pairs(data, kind, limit=options.pairs)
+        every = gs.patch_heads(model, pairs, min_effect=options.min_effect, progress=False)
+        outcomes = gs.pair_outcomes(model, pairs)
+        right = {i for i, outcome in zip(outcomes.ids, outcomes.outcomes, strict=True) if outcome == RIGHT}
+        enough = sum(i in right for i in every.ids) >= min(MIN_RIGHT, every.n_pairs / 2)
+        scores.append(outcomes.select(every) if enough else every)
+    return gs.top_heads(scores, options.top)
 
 
 def main() -> None:
@@ -66,7 +80,7 @@ def main() -> None:
     options = parser.parse_args()
     model = gs.load_lvlm("tiny")
     data, validation = derivation_data(model, options.folder, 40 if options.quick else DERIVATION)
-    names = [*default_rows(data), *(n for n, entry in mitigations.items() if entry.compared)]
+    names = default_rows(data)
     rows = [make_row(name, data) for name in names]
     chosen: list[ArenaRow] = []
     console = wide_console()

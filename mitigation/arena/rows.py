@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from groundscope.core.errors import ConfigError, GroundscopeError
-from groundscope.core.text import nearest
+from groundscope.core.text import format_count, nearest
+from mitigation.arena.steering_rows import choose_vector, derive_mitigation
 from mitigation.methods import mitigations
 from mitigation.protocol import Mitigation
+from mitigation.steering.vector import SteeringVector
 from mitigation.training_free.method import Regime, check_parameters
+from mitigation.training_free.methods.steering import Steering, derivations_for
 from mitigation.training_free.table import training_free_methods
 
 if TYPE_CHECKING:
@@ -102,6 +105,9 @@ def parse_row(text: str) -> tuple[str, dict[str, Any]]:
 def make_row(text: str, data: DerivationData) -> ArenaRow:
     """Return the row of a name with parameters; a method that cannot be made for the model and data has a `problem`.
 
+    A training-free method has its published parameters; a steering vector acts at the heads of the data, or at its derivation's
+    places, with the strength that a run chooses (`mitigation.arena.steering_rows`), unless parameters are given.
+
     Raises
     ------
     ConfigError
@@ -118,8 +124,10 @@ def make_row(text: str, data: DerivationData) -> ArenaRow:
     return row_of(name, parameters, data)
 
 
-def row_of(name: str, parameters: Mapping[str, Any], data: DerivationData) -> ArenaRow:
-    """Return the row of a method with parameters; see `make_row`."""
+def row_of(
+    name: str, parameters: Mapping[str, Any], data: DerivationData, *, derived: Mitigation | None = None
+) -> ArenaRow:
+    """Return the row of a method with parameters; see `make_row`. `derived` is what a derivation made from the data, if known."""
     if name in training_free_methods:
         cls = training_free_methods[name]
         about: dict[str, Any] = {
@@ -133,24 +141,29 @@ def row_of(name: str, parameters: Mapping[str, Any], data: DerivationData) -> Ar
         about = {"category": "steering", "source": "groundscope"}
         label = f"steering: {name}"
     try:
-        mitigation = _make(name, parameters, data)
+        mitigation, title = _made(name, parameters, data, derived)
         mitigation.check(data.model)
     except ConfigError:
         raise
     except GroundscopeError as error:
         return ArenaRow(_named(label, parameters), None, **about, problem=str(error))
-    title = mitigation.name if name in training_free_methods else _named(label, parameters)
     return ArenaRow(title, mitigation, **about)
 
 
-def _make(name: str, parameters: Mapping[str, Any], data: DerivationData) -> Mitigation:
+def _made(
+    name: str, parameters: Mapping[str, Any], data: DerivationData, derived: Mitigation | None
+) -> tuple[Mitigation, str]:
+    """Return a method and its name in tables."""
     if name in training_free_methods:
-        return training_free_methods[name].derive(data, **parameters)
-    entry = mitigations[name]
-    mitigation = entry.make(data)
-    strength = parameters.get("strength", 1.0) * entry.unit
-    scaled = getattr(mitigation, "scaled", None)
-    return mitigation if scaled is None else scaled(strength)
+        method = training_free_methods[name].derive(data, **parameters)
+        return method, method.name
+    label, vector = f"steering: {name}", derived or derive_mitigation(name, data)
+    if not isinstance(vector, SteeringVector):
+        return vector, _named(label, parameters)
+    if "strength" in parameters:
+        return vector.scaled(parameters["strength"] * mitigations[name].unit), _named(label, parameters)
+    chosen, strength = choose_vector(name, vector, data)
+    return chosen, f"{label} ({format_count(len(chosen.changes), 'place')}, strength {strength:g})"
 
 
 def _named(label: str, parameters: Mapping[str, Any]) -> str:
@@ -174,10 +187,24 @@ def row_needs(name: str) -> tuple[str, ...]:
 
 def control_rows(data: DerivationData) -> list[str]:
     """Return the names of the controls whose needs the data meet."""
-    return [name for name in default_rows(data) if training_free_methods[name].control]
+    return [n for n in default_rows(data) if n in training_free_methods and training_free_methods[n].control]
 
 
 def default_rows(data: DerivationData) -> list[str]:
-    """Return the names of all methods and controls whose needs the data meet; methods that only detect are left out."""
+    """Return the names of all methods and controls whose needs the data meet, then of the derivations that they allow.
+
+    Methods that only detect are left out. Derivations of steering vectors are rows if the data have heads and a store.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> from mitigation.arena.rows import default_rows
+    >>> names = default_rows(gs.DerivationData(gs.load_lvlm("tiny"), None, gs.scenes.dataset(10)))
+    >>> "vcd" in names, "discriminant" in names
+    (True, False)
+    """
     available = {"examples"} | ({"store"} if data.store is not None else set()) | ({"heads"} if data.heads else set())
-    return [name for name, cls in training_free_methods.usable().items() if set(cls.needs) <= available]
+    # Each derivation is a row by its own name, so the adapter is none.
+    methods = {name: cls for name, cls in training_free_methods.usable().items() if cls is not Steering}
+    names = [name for name, cls in methods.items() if set(cls.needs) <= available]
+    return [*names, *(derivations_for(data) if {"store", "heads"} <= available else ())]

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from groundscope.core.errors import GroundscopeError
 from mitigation.arena.measures import Counted, count_answers
 from mitigation.arena.rows import ArenaRow, row_of
+from mitigation.arena.steering_rows import derive_mitigation
+from mitigation.methods import mitigations
 from mitigation.strength import PRIOR_ERRORS, RECALL_COST
+from mitigation.training_free.table import training_free_methods
 
 if TYPE_CHECKING:
     from concepts.schema import ConceptDataset
     from mitigation.method_data import DerivationData
+    from mitigation.protocol import Mitigation
 
 CONFIGURATIONS = 5
 """Number of configurations of each method; the published one is among them."""
@@ -71,8 +76,6 @@ def configurations(name: str) -> list[dict[str, Any]]:
     >>> configurations("discriminant")[0]
     {'strength': 0.25}
     """
-    from mitigation.methods import mitigations
-
     if name in GRIDS:
         parameter, values = GRIDS[name]
         return [{parameter: value} for value in values]
@@ -112,8 +115,9 @@ def choose_parameters(
     model = data.model
     before = count_answers(answer(model, validation, batch_size=batch_size, progress=False), validation)
     tried: list[tuple[Configuration, ArenaRow | None]] = []
+    derived = _derived(name, data)
     for parameters in configurations(name):
-        row = row_of(name, parameters, data)
+        row = row_of(name, parameters, data, derived=derived)
         if row.mitigation is None:
             tried.append((Configuration(parameters, 1.0, 1.0, allowed=False, problem=row.problem), None))
             continue
@@ -128,6 +132,15 @@ def choose_parameters(
     allowed = [(c, row) for c, row in tried if c.allowed and row is not None]
     best = min(allowed, key=lambda item: item[0].errors, default=None)
     return None if best is None else best[1], tuple(c for c, _ in tried)
+
+
+def _derived(name: str, data: DerivationData) -> Mitigation | None:
+    """Return what a derivation makes, which all strengths share; None for other methods, and if it makes nothing."""
+    if name in training_free_methods or name not in mitigations:
+        return None
+    with suppress(GroundscopeError):
+        return derive_mitigation(name, data)
+    return None
 
 
 def _value(counted: Counted, name: str) -> float:

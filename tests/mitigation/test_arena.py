@@ -17,6 +17,7 @@ import pytest
 import groundscope as gs
 from behavior.metrics import compare_metric, compute_metrics
 from concepts import ConceptDataset
+from experiments.config import SteerConfig
 from groundscope.core.errors import ConfigError, DataError, ModelError
 from groundscope.core.statistics import Estimate
 from lvlm import Lvlm, Sampling
@@ -25,9 +26,10 @@ from mitigation.arena.figure import front, pareto_figure
 from mitigation.arena.measures import CAPTION_INVENTED, CAPTION_WORDS, change, count_answers, improves
 from mitigation.arena.price import measure_price
 from mitigation.arena.result import ArenaResult
-from mitigation.arena.rows import ArenaRow, make_row, parse_row
+from mitigation.arena.rows import ArenaRow, default_rows, make_row, parse_row
 from mitigation.arena.run import ArenaOptions, run_arena
 from mitigation.arena.search import CONFIGURATIONS, GRIDS, choose_parameters, configurations, search_summary
+from mitigation.arena.steering_rows import DECAY, DOUBT, MAX_DROP, STRENGTHS, choose_vector, derive_mitigation
 from mitigation.arena.tables import as_csv, as_html, as_latex, as_text
 from mitigation.protocol import ForwardCost
 from mitigation.training_free.method import TrainingFree
@@ -266,6 +268,75 @@ def test_a_method_that_needs_heads_has_a_problem_without_them(model: Lvlm, data:
     row = make_row("discriminant", gs.DerivationData(model, None, data))
     assert row.mitigation is None
     assert row.problem
+
+
+@pytest.fixture(scope="module")
+def steering(model: Lvlm, tmp_path_factory: pytest.TempPathFactory) -> gs.DerivationData:
+    examples = gs.scenes.dataset(10, seed=0, splits=["conflict", "adversarial", "random", "caption"])
+    store = gs.trace(model, examples, ["z"], ["last"], tmp_path_factory.mktemp("store") / "store", progress=False)
+    return gs.DerivationData(model, store, examples, heads=["L4.H7", "L5.H0", "L4.H3"])
+
+
+def test_every_derivation_is_one_row_by_its_own_name(steering: gs.DerivationData, model: Lvlm) -> None:
+    names = default_rows(steering)
+    assert len(set(names)) == len(names)
+    assert {"discriminant", "amplify", "prior_removal", "mean_difference", "vti_vision"} <= set(names)
+    assert not {"steering", "vsv"} & set(names)  # the adapter, and a derivation without the option that it needs
+    assert "discriminant" not in default_rows(gs.DerivationData(model, None, steering.examples))
+
+
+def test_steering_rows_have_the_defaults_of_a_run() -> None:
+    run = SteerConfig()
+    assert (DOUBT, DECAY, MAX_DROP, list(STRENGTHS)) == (run.doubt, run.decay, run.max_drop, run.strengths)
+    assert gs.guard_limits({}, MAX_DROP) == gs.guard_limits(run.guards, run.max_drop)
+
+
+def test_a_steering_row_acts_at_every_head_with_the_strength_that_a_run_chooses(steering: gs.DerivationData) -> None:
+    model, questions = steering.model, steering.examples.filter(lambda e: bool(e.candidates))
+    row = make_row("amplify", steering)
+    vector = row.mitigation
+    assert isinstance(vector, gs.SteeringVector)
+    assert (len(vector.heads), vector.decay) == (3, DECAY)
+    assert row.name == f"steering: amplify (3 places, strength {vector.strength:g})"
+
+    def errors(strength: float) -> float:
+        with vector.scaled(strength).applied(model):
+            answers = gs.answer(model, questions).answers
+        parts = [
+            [a for a in answers if a.split == "conflict"],
+            [a for a in answers if a.split == "adversarial" and a.answer == "no"],
+        ]
+        return sum(sum(not a.correct for a in part) / len(part) for part in parts) / 2
+
+    assert errors(vector.strength) == min(errors(s) for s in (0, *STRENGTHS) if s <= vector.strength)
+    assert errors(vector.strength) < errors(0)
+
+
+def test_a_vector_that_a_run_would_not_apply_has_a_problem(steering: gs.DerivationData) -> None:
+    vector = derive_mitigation("amplify", steering)
+    assert isinstance(vector, gs.SteeringVector)
+    harmful = replace(vector, changes={4: gs.AddChange(np.eye(steering.model.width)[0], sigma=90.0)})
+    with pytest.raises(DataError, match=r"no strength of amplify has fewer errors.*amplify\(strength=1\)"):
+        choose_vector("amplify", harmful, steering)
+    row = make_row("amplify(strength=2)", steering)
+    assert row.name == "steering: amplify (strength=2)"
+    assert isinstance(row.mitigation, gs.SteeringVector)
+    assert row.mitigation.strength == 2
+
+
+def test_a_search_derives_a_vector_once(steering: gs.DerivationData, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def derive(name: str, data: gs.DerivationData) -> Any:
+        made.append(name)
+        return derive_mitigation(name, data)
+
+    for module in ("search", "rows"):
+        monkeypatch.setattr(f"mitigation.arena.{module}.derive_mitigation", derive)
+    validation = gs.scenes.dataset(10, seed=7, splits=["conflict", "adversarial"])
+    _, tried = choose_parameters("discriminant", steering, validation)
+    assert [c.parameters["strength"] for c in tried] == [0.25, 0.5, 1.0, 1.5, 2.0]
+    assert made == ["discriminant"]
 
 
 def test_two_rows_with_one_name_are_refused(model: Lvlm, data: ConceptDataset) -> None:
