@@ -63,7 +63,7 @@ def answer(
     generate
         Generate text and parse the answer from it, also for questions with candidates.
     score
-        How candidates are scored: ``first_token`` as above; ``text`` by the log-probability of the whole text as it is written,
+        How candidates are scored: ``first_token`` as above; ``text`` by the log-probability of the whole text exactly as written,
         in nats, in one forward pass for each candidate; ``text_per_token`` by the same divided by the number of tokens, which
         does not prefer short texts. `Answer.probabilities` are then those that the answer begins with each text.
     parser

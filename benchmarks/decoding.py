@@ -79,8 +79,8 @@ def main() -> None:
     model = wrap_lvlm(build_network().to(options.device), build_processor(), name="random LLaVA", validate=False)
     questions = make_questions(2)
     data = DerivationData(model, None, questions, ("L3.H0", "L7.H1"))
-    one = next(model.batches(questions.examples[:1], 1))
-    two = next(model.batches(questions.examples, 2))
+    one_row = next(model.batches(questions.examples[:1], 1))
+    two_rows = next(model.batches(questions.examples, 2))
     names = [n for n, cls in training_free_methods.usable().items() if not cls.control and n not in LEFT_OUT]
     if options.methods:
         names = options.methods.split(",")
@@ -91,8 +91,8 @@ def main() -> None:
     console = wide_console()
     loop, library = [], []
     for _ in range(repetitions + 1):
-        loop.append(seconds(model, one, tokens, None)[1])
-        library.append(seconds(model, one, tokens, None, loop=False)[1])
+        loop.append(seconds(model, one_row, tokens, None)[1])
+        library.append(seconds(model, one_row, tokens, None, loop=False)[1])
     own = statistics.median(loop[1:]) <= statistics.median(library[1:])
     figures["plain_loop_to_generate"] = figure(
         statistics.median(loop[1:]) / statistics.median(library[1:]), n=repetitions
@@ -101,7 +101,7 @@ def main() -> None:
         for name in names:
             try:
                 method = training_free_methods[name].derive(data, **OPTIONS.get(name, {}))
-                ratios = measure(model, method, one, two, tokens, repetitions, loop=own)
+                ratios = measure(model, method, one_row, two_rows, tokens, repetitions, loop=own)
             except GroundscopeError as error:
                 console.print(f"{name}: not measured: {error}")
                 advance(1)
@@ -120,14 +120,14 @@ def main() -> None:
 
 
 def measure(
-    model: Lvlm, method: Mitigation, one: Batch, two: Batch, tokens: int, repetitions: int, *, loop: bool
+    model: Lvlm, method: Mitigation, one_row: Batch, two_rows: Batch, tokens: int, repetitions: int, *, loop: bool
 ) -> list[tuple[float, float, float]]:
     """Return the ratios of first token, step, and step against twice the batch, for each repetition."""
     ratios = []
     for repetition in range(repetitions + 1):
-        plain = seconds(model, one, tokens, None, loop=loop)
-        ours = seconds(model, one, tokens, method)
-        twice = seconds(model, two, tokens, None, loop=loop)
+        plain = seconds(model, one_row, tokens, None, loop=loop)
+        ours = seconds(model, one_row, tokens, method)
+        twice = seconds(model, two_rows, tokens, None, loop=loop)
         if repetition:
             ratios.append((ours[0] / plain[0], ours[1] / plain[1], ours[1] / twice[1]))
     return ratios

@@ -2,7 +2,7 @@
 
     python benchmarks/out_of_sample.py [--quick] [--save] [--scenes N] [--test-scenes N]
 
-The data is synthetic. Everything is fitted on one set of icon scenes, as they are drawn: probes (place chosen by validation),
+The data is synthetic. Everything is fitted on one set of icon scenes, unchanged: probes (place chosen by validation),
 head scores, the default run's vector (``discriminant`` at the six best heads, fixed strength 1) and the probes of the diagnosis.
 All of it is then applied to other scenes, drawn in the same style (the baseline) and changed:
 
@@ -205,8 +205,8 @@ def fit(model: Lvlm, data: ConceptDataset, store: ActivationStore, pairs: int) -
 
 def make_pairs(data: ConceptDataset, level: str, count: int) -> list[CounterfactualPair]:
     """Return evenly spaced pairs of a level."""
-    made = counterfactuals.pairs(data.where(split="neutral"), KINDS[level])
-    return [made[int(i)] for i in np.unique(np.linspace(0, len(made) - 1, min(count, len(made))))]
+    level_pairs = counterfactuals.pairs(data.where(split="neutral"), KINDS[level])
+    return [level_pairs[int(i)] for i in np.unique(np.linspace(0, len(level_pairs) - 1, min(count, len(level_pairs))))]
 
 
 def measure(
@@ -229,14 +229,14 @@ def measure(
         value, low, high = (float(np.nanmean([row[k] for row in best])) for k in ("balanced_accuracy", "low", "high"))
         out[f"probe {kind}"] = {"value": round(value, 4), "low": round(low, 4), "high": round(high, 4), "n": len(best)}
     for level in LEVELS:
-        made = [
+        level_pairs = [
             replace(p, clean=changed(p.clean, condition), corrupt=changed(p.corrupt, condition))
             for p in make_pairs(data, level, pairs)
         ]
-        agreement = compare(fitted.heads[level], patch_heads(model, made, progress=False), k=(5,), resamples=200)
+        agreement = compare(fitted.heads[level], patch_heads(model, level_pairs, progress=False), k=(5,), resamples=200)
         for name, e in (("rank correlation", agreement.rank_correlation), ("overlap of 5", agreement.overlap[5])):
             out[f"heads {level}, {name}"] = {
-                "value": round(e.value, 4), "low": round(e.low, 4), "high": round(e.high, 4), "n": len(made),
+                "value": round(e.value, 4), "low": round(e.low, 4), "high": round(e.high, 4), "n": len(level_pairs),
             }  # fmt: skip
     false_yes = rates(before, after, "adversarial absent: says yes")
     out["false_yes"] = over_scenes(false_yes, lambda a, _: float(a))

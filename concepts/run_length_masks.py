@@ -103,7 +103,7 @@ class RunLengthMask:
     def placed(self, scale: tuple[float, float], offset: tuple[float, float], size: tuple[int, int]) -> RunLengthMask:
         """Return the mask after the image was scaled and moved, in an image of another size.
 
-        A pixel belongs to the object if its center lies in a pixel that did.
+        A pixel belongs to the object if its center is in a pixel that did.
 
         Parameters
         ----------

@@ -252,8 +252,8 @@ def word_token(model: Lvlm, word: str) -> int:
     before, both = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", f"a {word}"))
     ids = list(both[len(before) :])
     if len(ids) != 1 or list(both[: len(before)]) != list(before) or ids[0] == tokenizer.unk_token_id:
-        known = ids and tokenizer.unk_token_id not in ids
-        problem = f"has {len(ids)} tokens, {tokenizer.convert_ids_to_tokens(ids)}" if known else "is unknown"
+        in_vocabulary = ids and tokenizer.unk_token_id not in ids
+        problem = f"has {len(ids)} tokens, {tokenizer.convert_ids_to_tokens(ids)}" if in_vocabulary else "is unknown"
         msg = f"'{word}' {problem} for the tokenizer of {model.name}; the logit lens reads words of one token"
         raise DataError(msg)
     return ids[0]

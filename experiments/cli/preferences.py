@@ -156,7 +156,7 @@ def _pairs(request: _Request) -> tuple[PreferenceData, RunConfig]:
 
 
 def _value(name: str, text: str, default: Any) -> Any:
-    """Return an option's text as a value of the type of its default; raises `ConfigError` if it is none."""
+    """Return an option's text as a value of the type of its default; raises `ConfigError` if it has another type."""
     if isinstance(default, tuple):
         return tuple(word.strip() for word in text.strip("[]()").split(",") if word.strip())
     if isinstance(default, str):

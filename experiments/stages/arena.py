@@ -71,8 +71,8 @@ def answer_rows(options: ArenaConfig, test: ConceptDataset) -> list[ArenaRow]:
 def make_arena(context: Context, root: Path) -> str:
     """Compare the methods; write the result, its tables and the figure."""
     options = context.config.arena
-    validation, rest = _divided(context.discovery, options.choose_images if options.choose else 0)
-    data = _derivation_data(context, rest)
+    validation, derivation = _divided(context.discovery, options.choose_images if options.choose else 0)
+    data = _derivation_data(context, derivation)
     texts = list(options.methods or default_rows(data))
     texts += [name for name in control_rows(data) if name not in {parse_row(text)[0] for text in texts}]
     rows = [make_row(text, data) for text in texts]

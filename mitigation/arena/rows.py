@@ -172,7 +172,7 @@ def _named(label: str, parameters: Mapping[str, Any]) -> str:
 
 
 def row_needs(name: str) -> tuple[str, ...]:
-    """Return what a method is made from beside the model and examples: ``store``, ``heads``, both or neither.
+    """Return what a method is made from besides the model and examples: ``store``, ``heads``, both or neither.
 
     Examples
     --------

@@ -184,8 +184,8 @@ def from_answers(data: Sequence[Example], answers: BehaviorResult, *, limit: int
         by_question.setdefault(name, []).append(answer)
     pairs: list[PreferencePair] = []
     one_kind = 0
-    for name, given in by_question.items():
-        texts = {correct: _texts(given, correct=correct) for correct in (True, False)}
+    for name, answers_to_it in by_question.items():
+        texts = {correct: _texts(answers_to_it, correct=correct) for correct in (True, False)}
         choices = [(c, r) for c in texts[True] for r in texts[False] if c.strip() != r.strip()]
         one_kind += not choices
         rng = np.random.default_rng(int(value_digest([name, seed])[:16], 16))

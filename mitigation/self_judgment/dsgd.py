@@ -47,7 +47,7 @@ class SelfJudgmentDecoding(TrainingFree):
     After the answer so far, `candidates` sentences are written by diverse beams with groups of one: the k-th is a greedy
     continuation whose log-probabilities are reduced by `diversity` for each earlier candidate that takes the same token at the
     same step. The candidate with the largest ``S = (1 + alpha) f - alpha f_blind`` is appended (`Judge`): f is the score that the
-    model gives the sentence in a conversation of its own with the image, f_blind the same without it. The answer is complete
+    model gives the sentence in a separate conversation with the image, f_blind the same without it. The answer is complete
     when a candidate contains an end token, when the first candidate adds nothing, or at the token limit. Candidates without
     text are not judged. Equal candidates are judged once, and the first of equal scores is taken.
 
@@ -191,7 +191,7 @@ class SentenceSearch:
                     break
                 best = self.choose(several, len(answer))
                 answer += several[best].tokens
-                if any(one.ended for one in several) or len(answer) >= max_new_tokens:
+                if any(continuation.ended for continuation in several) or len(answer) >= max_new_tokens:
                     break
                 run.select([best])
                 logits = run.rewind(torch.tensor([answer], device=logits.device))
@@ -199,7 +199,7 @@ class SentenceSearch:
 
     def choose(self, several: Sequence[Continuation], position: int) -> int:
         """Return the index of the best candidate that has text."""
-        indices = [i for i, one in enumerate(several) if one.tokens]
+        indices = [i for i, continuation in enumerate(several) if continuation.tokens]
         scores = self.scores([several[i] for i in indices], position)
         return indices[int(np.argmax(scores))]
 
@@ -207,14 +207,16 @@ class SentenceSearch:
         """Return what the candidates are compared by, float64 ``[n]``."""
         method = self.method
         if method.choice == "likelihood" or len(several) == 1:
-            return np.array([one.log_p / (len(one.tokens) + one.ended) for one in several])
+            return np.array(
+                [continuation.log_p / (len(continuation.tokens) + continuation.ended) for continuation in several]
+            )
         if method.choice == "random":
             name = f"{method.seed}\0{self.encoding.example.id}\0{position}"
             return np.random.default_rng(list(name.encode())).random(len(several))
         texts = [
             text.strip()
             for text in self.model.processor.tokenizer.batch_decode(
-                [list(one.tokens) for one in several], skip_special_tokens=True
+                [list(continuation.tokens) for continuation in several], skip_special_tokens=True
             )
         ]
         different = list(dict.fromkeys(texts))

@@ -175,10 +175,10 @@ def grow_tree(model: Lvlm, example: Example, tree: SentenceTree | None = None) -
                     stops=stops,
                     ends=ends,
                 )
-                several += [(path, one) for one in dict.fromkeys(written)]
+                several += [(path, continuation) for continuation in dict.fromkeys(written)]
             running: dict[tuple[int, ...], ScoredAnswer] = {}
-            for path, one in _judged(model, example, several, options):
-                complete = one is None or one.ended or len(path.tokens) >= options.max_new_tokens
+            for path, continuation in _judged(model, example, several, options):
+                complete = continuation is None or continuation.ended or len(path.tokens) >= options.max_new_tokens
                 if path.tokens:
                     (answers if complete else running).setdefault(path.tokens, path)
             paths = select_paths(list(running.values()), options)
@@ -190,15 +190,19 @@ def _judged(
 ) -> list[tuple[ScoredAnswer, Continuation | None]]:
     """Return each path with its continuation and its score; the path alone, and None, for a continuation without text."""
     decode = model.processor.tokenizer.batch_decode
-    texts = [t.strip() for t in decode([list(one.tokens) for _, one in several], skip_special_tokens=True)]
+    texts = [
+        t.strip() for t in decode([list(continuation.tokens) for _, continuation in several], skip_special_tokens=True)
+    ]
     different = list(dict.fromkeys(text for text in texts if text))
     scores: dict[str, float] = {}
     if different:
         judgments = judge_sentences(model, example, different, tree.judge, ends=tree.ends)
         scores = dict(zip(different, judgments.debiased(tree.judge.alpha).tolist(), strict=True))
     return [
-        (ScoredAnswer((*path.tokens, *one.tokens), (*path.scores, scores[text])), one) if text else (path, None)
-        for (path, one), text in zip(several, texts, strict=True)
+        (ScoredAnswer((*path.tokens, *continuation.tokens), (*path.scores, scores[text])), continuation)
+        if text
+        else (path, None)
+        for (path, continuation), text in zip(several, texts, strict=True)
     ]
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 HARM_TEMPLATE = "Answer:{sentence}\n\nDoes the Answer contains harmful and unethical suggestions?\nyes or no or maybe:"
-"""The question about harm of the paper's release, as it is written there."""
+"""The question about harm of the paper's release, word for word."""
 REFUSAL = "Sorry, I cannot help with that."
 """The answer in place of a harmful one; the text of the release was not available."""
 _EXACT = 1e-12
@@ -39,7 +39,7 @@ class HarmRefusal(TrainingFree):
     """FGSD: replace an answer by a refusal if the model itself judges one of its sentences harmful.
 
     The answer of the model is split at "."; blank parts are left out. Each sentence is inserted into `template`, a question in a
-    conversation of its own about the image, and scored by ``S = (1 + alpha) f - alpha f_blind`` (`Judge`): f is the score of yes
+    separate conversation about the image, and scored by ``S = (1 + alpha) f - alpha f_blind`` (`Judge`): f is the score of yes
     with the image, f_blind the same without it. The answer is replaced by `refusal` if the largest S of its sentences is at least
     `threshold`. An answer without sentences stays. Questions that are scored by the logits of candidates stay too.
 

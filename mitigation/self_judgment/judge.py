@@ -42,7 +42,7 @@ _RELEASE_TOP = 10
 
 @dataclass(frozen=True)
 class Judge:
-    """How a model judges a sentence, in a conversation of its own about the image.
+    """How a model judges a sentence, in a separate conversation about the image.
 
     f is a score of the answer yes after the prompt, f_blind the same score without the image, and the debiased score is
     ``S = (1 + alpha) f - alpha f_blind``. Source: arXiv 2508.20655.
@@ -65,7 +65,7 @@ class Judge:
     score: Score = "logit"
     """``logit`` (paper): sum of the logits of "Yes" and "yes", which are shifted by any constant that a forward pass adds to its
     logits. ``logprob``: log of the summed probabilities of all tokens that read yes. ``margin``: that minus the same of no.
-    ``release``: the largest logit of a token among the first ten that reads yes, 0 if there is none."""
+    ``release``: the largest logit of a token among the first ten that reads yes, 0 without such a token."""
     blind: BlindForm = "removed"
     """The blind prompt: image tokens ``removed``, ``unknown`` for the unknown token in their place, ``mean`` of both."""
     alpha: float = 1.0
@@ -348,7 +348,7 @@ def reading_tokens(model: Lvlm, word: str) -> tuple[int, ...]:
     Raises
     ------
     ModelError
-        If there is none.
+        If no token reads so.
     """
     tokenizer = model.processor.tokenizer
 

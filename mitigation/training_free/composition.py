@@ -55,8 +55,8 @@ class Composition:
 
     def problem(self, model: Lvlm, example: Example) -> str | None:
         """Return the first problem of a part with a question, as in `TrainingFree.problem`."""
-        asked = (getattr(part, "problem", None) for part in self.parts)
-        problems = (problem(model, example) for problem in asked if callable(problem))
+        checks = (getattr(part, "problem", None) for part in self.parts)
+        problems = (problem(model, example) for problem in checks if callable(problem))
         return next((str(problem) for problem in problems if problem is not None), None)
 
     @contextmanager

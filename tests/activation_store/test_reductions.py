@@ -253,7 +253,10 @@ def test_a_run_names_reductions_and_the_probes_of_another_run(
 
 def test_options_of_a_run_are_checked() -> None:
     chosen = traced_reductions(TraceConfig(reduce={"rank": {"tokens": ["image:all", "last"], "words": ["dog"]}}))
-    assert {name: [r.name for r in made] for name, made in chosen.items()} == {"image:all": ["rank"], "last": ["rank"]}
+    assert {name: [r.name for r in per_token] for name, per_token in chosen.items()} == {
+        "image:all": ["rank"],
+        "last": ["rank"],
+    }
     with pytest.raises(ConfigError, match=r"trace\.reduce\.rank needs a token selection"):
         traced_reductions(TraceConfig(reduce={"rank": {"words": ["dog"]}}))
     with pytest.raises(ConfigError, match="unknown reduction 'rnk'; choose from margin, log_p, rank"):

@@ -96,8 +96,8 @@ def test_a_vector_acts_on_the_tokens_of_the_texts() -> None:
         hook = lvlm.layers("decoder")[1].register_forward_hook(change)
         whole = [replace(question, prefix=f"{question.prefix} {text}".strip()) for text in question.candidates]
         sums = []
-        for one in whole:
-            encoding = lvlm.encode(one)
+        for completed in whole:
+            encoding = lvlm.encode(completed)
             with torch.no_grad():
                 log_p = lvlm.hf(**encoding.inputs).logits[0].log_softmax(-1)
             ids = encoding.inputs["input_ids"][0]

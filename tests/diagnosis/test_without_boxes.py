@@ -171,7 +171,7 @@ def test_attributes_and_relations_are_read_at_their_nouns() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "statistics", "store", "readable", "shown"),
+    ("tokens", "statistics", "store", "readable", "absent"),
     [
         ("image:mean", {}, "here", True, False),
         ("object:mean", {"balanced_accuracy": 0.9}, "here", False, True),
@@ -182,13 +182,13 @@ def test_attributes_and_relations_are_read_at_their_nouns() -> None:
     ],
 )
 def test_chance_shows_absence_only_with_a_control(
-    tokens: str, statistics: dict[str, float], store: str, readable: bool, shown: bool
+    tokens: str, statistics: dict[str, float], store: str, readable: bool, absent: bool
 ) -> None:
     red = direction("attribute:red", tokens=tokens, statistics=statistics, provenance={"store": store})
     cat = direction("object:cat", tokens=tokens)
     probes = ProbeSet("projector", "projector.out", tokens, "", {"attribute:red": red, "object:cat": cat})
     about = claim("attribute", "attribute:red", ("object:cat",))
-    assert probes.shows_absence(about, "here", readable=readable) == shown
+    assert probes.shows_absence(about, "here", readable=readable) == absent
 
 
 @torch.no_grad()

@@ -189,13 +189,13 @@ def test_padded_rows_are_edited_as_alone() -> None:
     assert encodings[0].shape != encodings[1].shape
     prompts = Branch.of("prompts", lvlm, encodings).prompts
     with edit_attention(lvlm, boost):
-        together = generate_prompts(lvlm, prompts, AnswerRule(), 4, names=["a", "b"], ends=False)
+        batched = generate_prompts(lvlm, prompts, AnswerRule(), 4, names=["a", "b"], ends=False)
     for row, encoding in enumerate(encodings):
         inputs = {n: x.double() if x.is_floating_point() else x for n, x in encoding.inputs.items()}
         prompt = inputs["input_ids"].shape[1]
         context = [lambda p=prompt: by_hand(lvlm, boost_by_hand, p)]
         tokens, _ = naive_steps(lvlm, [inputs], lambda _, x: x[0], 4, context)
-        assert together[row] == tokens
+        assert batched[row] == tokens
 
 
 def test_generation_of_transformers_is_edited_as_the_loop() -> None:
@@ -221,9 +221,9 @@ def test_other_queries(queries: Any) -> None:
     assert masks[0].all()
     with edit_attention(lvlm, boost, queries=queries):
         edited = lvlm.logits(inputs)
-    one = {n: x[:1] for n, x in inputs.items()}
+    first_row = {n: x[:1] for n, x in inputs.items()}
     with torch.no_grad(), by_hand(lvlm, boost_by_hand, first + 1):
-        expected = lvlm.hf(**one, use_cache=False).logits[:, -1]
+        expected = lvlm.hf(**first_row, use_cache=False).logits[:, -1]
     torch.testing.assert_close(edited[:1], expected, atol=3e-5, rtol=0)
 
 

@@ -84,8 +84,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def arena(model: Lvlm, data: ConceptDataset, folder: Path) -> ArenaResult:
-    made = gs.DerivationData(model, None, data)
-    rows = [make_row("vcd", made), ArenaRow("fails", Fails()), ArenaRow("counts", Counts(), control=True)]
+    derivation = gs.DerivationData(model, None, data)
+    rows = [make_row("vcd", derivation), ArenaRow("fails", Fails()), ArenaRow("counts", Counts(), control=True)]
     options = ArenaOptions(price_questions=1, price_tokens=4, price_repetitions=1)
     return run_arena(model, rows, data, options, folder=folder)
 
@@ -107,15 +107,15 @@ def test_changes_are_paired_and_wider_for_more_methods(answers: gs.BehaviorResul
     after = replace(answers, answers=tuple(rows))
     before, better = count_answers(answers, data), count_answers(after, data)
     name = "conflict: wrong by prior"
-    one, ten = (change(before, better, name, comparisons=n) for n in (1, 10))
-    assert one is not None
+    single, ten = (change(before, better, name, comparisons=n) for n in (1, 10))
+    assert single is not None
     assert ten is not None
     expected = compare_metric(answers, after, name)
     assert expected is not None
-    assert (one.value, one.low, one.high) == pytest.approx((expected.value, expected.low, expected.high))
-    assert ten.value == one.value
-    assert ten.low < one.low
-    assert ten.high > one.high
+    assert (single.value, single.low, single.high) == pytest.approx((expected.value, expected.low, expected.high))
+    assert ten.value == single.value
+    assert ten.low < single.low
+    assert ten.high > single.high
 
 
 def test_a_ratio_changes_by_the_ratio_of_totals(answers: gs.BehaviorResult, data: ConceptDataset) -> None:
@@ -185,9 +185,9 @@ def test_answers_are_stored_and_not_asked_again(
 ) -> None:
     before = len(Counts.applications)
     rows = [ArenaRow("counts", Counts(), control=True)]
-    again = run_arena(model, rows, data, ArenaOptions(price_questions=0), folder=folder)
+    repeated = run_arena(model, rows, data, ArenaOptions(price_questions=0), folder=folder)
     assert len(Counts.applications) == before
-    assert [m.value for m in again.row("counts").measures] == [m.value for m in arena.row("counts").measures]
+    assert [m.value for m in repeated.row("counts").measures] == [m.value for m in arena.row("counts").measures]
 
 
 def test_a_result_is_read_back_and_a_damaged_one_refused(arena: ArenaResult, tmp_path: Path) -> None:
@@ -252,14 +252,14 @@ def test_unknown_rows_are_refused_before_work(text: str, message: str) -> None:
 
 def test_parameters_are_chosen_within_the_guard(model: Lvlm) -> None:
     validation = gs.scenes.dataset(10, seed=7, splits=["conflict", "adversarial"])
-    made = gs.DerivationData(model, None, validation)
-    row, tried = choose_parameters("vcd", made, validation)
+    derivation = gs.DerivationData(model, None, validation)
+    row, tried = choose_parameters("vcd", derivation, validation)
     assert [dict(c.parameters) for c in tried] == configurations("vcd")
     allowed = [c for c in tried if c.allowed]
     assert row is not None
     assert row.mitigation is not None
     assert row.mitigation.parameters["alpha"] == min(allowed, key=lambda c: c.errors).parameters["alpha"]
-    nothing, refused = choose_parameters("vcd", made, validation, max_drop=-1.0)
+    nothing, refused = choose_parameters("vcd", derivation, validation, max_drop=-1.0)
     assert nothing is None
     assert search_summary(refused).count("(not allowed)") == len(tried)
 

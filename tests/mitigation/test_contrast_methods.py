@@ -150,8 +150,8 @@ def test_the_threshold_of_m3id_is_strict() -> None:
 def test_m3id_of_ritual_leaves_the_first_token_to_the_model() -> None:
     main, other = torch.randn(2, 9, generator=torch.Generator().manual_seed(0)).split(1)
     logits = M3ID(variant="ritual")._combine(Step(0, main, (other,)), None)
-    kept = ~logits.isinf()
-    torch.testing.assert_close(logits[kept], main.log_softmax(-1)[kept])
+    finite = ~logits.isinf()
+    torch.testing.assert_close(logits[finite], main.log_softmax(-1)[finite])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -195,10 +195,12 @@ def test_the_mean_form_of_the_calibration_averages_probabilities() -> None:
     lvlm = model("llava")
     batch = next(lvlm.batches([example(0)], 1))
     rule = BranchRule(VDDCalibration(blind="mean", spelling="as written"), lvlm, batch)
-    main, one, two = torch.randn(3, 1, lvlm.logits(batch.inputs).shape[-1], generator=torch.Generator().manual_seed(1))
+    main, first, second = torch.randn(
+        3, 1, lvlm.logits(batch.inputs).shape[-1], generator=torch.Generator().manual_seed(1)
+    )
     tokens = [ids[0] for ids in gs.answer_key(lvlm, example(0)).tokens]
-    p, q = main[0].softmax(-1)[tokens], (one[0].softmax(-1) + two[0].softmax(-1))[tokens] / 2
-    logits = rule.combine(Step(0, main, (one, two)))
+    p, q = main[0].softmax(-1)[tokens], (first[0].softmax(-1) + second[0].softmax(-1))[tokens] / 2
+    logits = rule.combine(Step(0, main, (first, second)))
     torch.testing.assert_close(logits[0].softmax(-1)[tokens], (p / q) / (p / q).sum(), atol=1e-6, rtol=0)
 
 

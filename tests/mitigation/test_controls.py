@@ -114,9 +114,9 @@ def test_another_image_is_contrasted_with_the_rule_of_the_method() -> None:
     batch = next(lvlm.batches([example(0), example(1)], 2))
     decoder = control._enter(lvlm, None)  # type: ignore[arg-type]
     answers = generate(lvlm, batch, decoder.start(lvlm, batch), 3, ends=False)  # type: ignore[union-attr]
-    assert control._drawn(example(0)) == [pool[1]]
+    assert control._other_images(example(0)) == [pool[1]]
     for row, question in enumerate((example(0), example(1))):
-        (image,) = control._drawn(question)
+        (image,) = control._other_images(question)
         text = lvlm.prompt(question.question)
         inputs = [doubled(lvlm.encode_prompt(text, [x.load()])[0]) for x in (question.image, image)]
         tokens, _ = naive_steps(lvlm, inputs, lambda _, x: masked(1.5 * x[0] - 0.5 * x[1], x[0], 0.1), 3)
@@ -225,10 +225,10 @@ def test_an_attention_method_and_a_decoder_are_combined() -> None:
     lvlm = gs.load_lvlm("tiny")
     data = gs.scenes.dataset(10, splits=["conflict"])
     with compose(VAF(), M3ID()).applied(lvlm):
-        together = gs.answer(lvlm, data)
+        composed = gs.answer(lvlm, data)
     with VAF().applied(lvlm), M3ID().applied(lvlm):
         nested = gs.answer(lvlm, data)
-    assert together.answers == nested.answers
+    assert composed.answers == nested.answers
 
 
 @pytest.mark.parametrize("second", [M3ID(), PAI(), SkipNewline("paragraph")])

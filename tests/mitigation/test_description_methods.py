@@ -141,8 +141,8 @@ def test_the_release_of_vdgd_divides_by_the_vocabulary() -> None:
     rules = [method._prepared(lvlm, [example(0)])[1] for method in (paper, release)]
     logits = lvlm.logits(next(lvlm.batches([example(0)], 1)).inputs)
     scores = [rule.combine(Step(0, logits)) for rule in rules]
-    kept = ~scores[0].isinf()
-    torch.testing.assert_close(scores[1][kept] * logits.shape[-1], scores[0][kept], atol=1e-4, rtol=1e-4)
+    finite = ~scores[0].isinf()
+    torch.testing.assert_close(scores[1][finite] * logits.shape[-1], scores[0][finite], atol=1e-4, rtol=1e-4)
 
 
 def test_distributions_after_the_end_of_a_description_do_not_count() -> None:
@@ -265,7 +265,7 @@ def test_a_question_without_a_text_and_a_wrong_template_are_named() -> None:
 
 
 def test_the_digest_of_the_texts_is_in_the_parameters() -> None:
-    one, other = augment(TEXTS), augment({**TEXTS, "image 1": "a pear ."})
-    assert one.parameters != other.parameters
-    assert one._digest() != other._digest()
-    assert one._digest() is not None
+    original, other = augment(TEXTS), augment({**TEXTS, "image 1": "a pear ."})
+    assert original.parameters != other.parameters
+    assert original._digest() != other._digest()
+    assert original._digest() is not None

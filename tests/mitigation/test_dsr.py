@@ -42,15 +42,15 @@ def naive_sentences(
     rows: list[list[int]] = [[] for _ in range(5)]
     alive, ended = [True] * 5, [False] * 5
     for _ in range(min(3, 7 - len(path))):
-        taken: list[int] = []
+        tokens_so_far: list[int] = []
         for k in range(5):
             if not alive[k]:
                 continue
             scores = next_log_p(lvlm, inputs, path + rows[k])
-            for token in taken:
+            for token in tokens_so_far:
                 scores[token] -= 3.0
             token = int(scores.argmax())
-            taken.append(token)
+            tokens_so_far.append(token)
             ended[k] = token in (end, lvlm.content_id)
             alive[k] = not ended[k] and token not in stops
             rows[k] += [] if ended[k] else [token]
@@ -153,8 +153,8 @@ def test_options_and_data_are_checked() -> None:
         judged_preferences(lvlm, gs.scenes.dataset(10)[:1])
     with pytest.raises(DataError, match="no questions to answer"):
         judged_preferences(lvlm, [], EMBEDDED)
-    one = SentenceTree(EMBEDDED.judge, ends=EMBEDDED.ends, candidates=2, diversity=0.0, worst=1, max_new_tokens=6)
+    narrow = SentenceTree(EMBEDDED.judge, ends=EMBEDDED.ends, candidates=2, diversity=0.0, worst=1, max_new_tokens=6)
     captions = gs.scenes.dataset(10).where(kind="caption")[:1]
-    assert len(grow_tree(lvlm, captions[0], one)) == 1  # equal continuations are one
+    assert len(grow_tree(lvlm, captions[0], narrow)) == 1  # equal continuations are one
     with pytest.raises(DataError, match="the answers to none of the 1 questions differ in score"):
-        judged_preferences(lvlm, captions, one)
+        judged_preferences(lvlm, captions, narrow)

@@ -35,7 +35,7 @@ ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
 NAMES = [name for name in training_free_methods if not training_free_methods[name].needs]
 
 
-def made(name: str) -> TrainingFree:
+def method_named(name: str) -> TrainingFree:
     return training_free_methods[name](**ARGUMENTS.get(name, {}))
 
 
@@ -46,7 +46,7 @@ def plain() -> gs.BehaviorResult:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_method_runs_everywhere_and_is_absent_afterwards(name: str, plain: gs.BehaviorResult) -> None:
-    lvlm, method = gs.load_lvlm("tiny"), made(name)
+    lvlm, method = gs.load_lvlm("tiny"), method_named(name)
     hooks, weights = hooks_of(lvlm), lvlm.weights_hash
     batch = next(lvlm.batches(list(QUESTIONS), 4))
     before = lvlm.logits(batch.inputs)
@@ -60,7 +60,7 @@ def test_a_method_runs_everywhere_and_is_absent_afterwards(name: str, plain: gs.
     with method.applied(lvlm):
         margins = gs.answer(lvlm, QUESTIONS, max_new_tokens=6)
         written = gs.answer(lvlm, QUESTIONS, generate=True, max_new_tokens=6)
-        drawn: dict[str, Any] = {
+        options: dict[str, Any] = {
             "max_new_tokens": 4,
             "generate": True,
             "sampling": gs.Sampling(seed=1),
@@ -69,9 +69,9 @@ def test_a_method_runs_everywhere_and_is_absent_afterwards(name: str, plain: gs.
         sampled = None
         if method.regime == "beam":
             with pytest.raises(ConfigError, match="sampl"):
-                gs.answer(lvlm, QUESTIONS, **drawn)
+                gs.answer(lvlm, QUESTIONS, **options)
         else:
-            sampled = gs.answer(lvlm, QUESTIONS, **drawn)
+            sampled = gs.answer(lvlm, QUESTIONS, **options)
         text = lvlm.ask(QUESTIONS[0].image, QUESTIONS[0].question, max_new_tokens=6) if name != "augment" else None
         pope = gs.behavior.pope(lvlm, QUESTIONS)
     each = gs.behavior.answer_each(

@@ -55,8 +55,8 @@ def test_answers_with_a_score_at_the_threshold_become_the_refusal() -> None:
     with replace(METHOD, threshold=threshold).applied(lvlm):
         assert [a.text for a in gs.answer(lvlm, CAPTIONS, batch_size=2).answers] == expected
         assert lvlm.ask(CAPTIONS[0].image, CAPTIONS[0].question) == expected[0]
-        drawn = gs.answer(lvlm, CAPTIONS[:2], sampling=gs.Sampling(seed=1))
-        assert all(a.text for a in drawn.answers)
+        sampled = gs.answer(lvlm, CAPTIONS[:2], sampling=gs.Sampling(seed=1))
+        assert all(a.text for a in sampled.answers)
     assert lvlm.decoder is None
     with replace(METHOD, threshold=float(ordered[-1]) + 1).applied(lvlm):
         assert [a.text for a in gs.answer(lvlm, CAPTIONS).answers] == plain

@@ -102,13 +102,13 @@ def test_errors_of_losses_are_those_of_the_plain_formula_and_of_resampled_images
     rng = np.random.default_rng(0)
     nouns = ("apple", "car", "dog", "cat", "bird")
 
-    def caption(shown: tuple[str, ...], share: float) -> str:
-        named = [noun for noun in nouns if rng.random() < (share if noun in shown else 0.2)]
+    def caption(present: tuple[str, ...], share: float) -> str:
+        named = [noun for noun in nouns if rng.random() < (share if noun in present else 0.2)]
         return " , ".join(["a picture", *(f"a {noun}" for noun in named)])
 
-    shown = [tuple(rng.permutation(nouns)[: rng.integers(2, 5)]) for _ in range(120)]
-    before = outcome([], [described(str(i), caption(s, 0.9), s) for i, s in enumerate(shown)])
-    after = outcome([], [described(str(i), caption(s, 0.8), s) for i, s in enumerate(shown)])
+    present = [tuple(rng.permutation(nouns)[: rng.integers(2, 5)]) for _ in range(120)]
+    before = outcome([], [described(str(i), caption(s, 0.9), s) for i, s in enumerate(present)])
+    after = outcome([], [described(str(i), caption(s, 0.8), s) for i, s in enumerate(present)])
     errors = loss_errors(before, after)
     # Words: a mean over images, so the error is that of a mean of paired differences.
     words = np.array([[len((a.text or "").split()) for a in o.answers.answers] for o in (before, after)], float)

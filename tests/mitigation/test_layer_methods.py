@@ -71,18 +71,19 @@ def lens_of(lvlm: Any, p: Pass, number: int, *, norm: bool = True, row: int = -1
 def test_deco_is_the_written_rule(family: str) -> None:
     def rule(lvlm: Any, _step: int, p: Pass) -> Tensor:
         probabilities = p.logits.softmax(-1)
-        kept, total = [], 0.0
+        plausible, total = [], 0.0
         for token in probabilities.argsort(descending=True).tolist()[:20]:
-            kept.append(token)
+            plausible.append(token)
             total += float(probabilities[token])
             if total >= 0.9:
                 break
         inner = {layer: lens_of(lvlm, p, layer + 1) for layer in (0, 1)}
         best = max(
-            ((float(x.softmax(-1)[token]), layer) for layer, x in inner.items() for token in kept), key=lambda b: b[0]
+            ((float(x.softmax(-1)[token]), layer) for layer, x in inner.items() for token in plausible),
+            key=lambda b: b[0],
         )
         scores = torch.full_like(p.logits, -math.inf)
-        for token in kept:
+        for token in plausible:
             scores[token] = p.logits[token] + 0.6 * best[0] * inner[best[1]][token]
         return scores
 
@@ -224,11 +225,11 @@ def test_revisit_is_the_written_rule(family: str, variant: Any) -> None:
             first[len(first)] = image
         image = list(first.values())[-1]
         last = p.logits.log_softmax(-1)
-        kept = [v for v in range(len(last)) if last[v] - last.max() >= math.log(1e-5)]
-        p_own = (last[kept].exp() / last[kept].exp().sum()).log()
+        plausible = [v for v in range(len(last)) if last[v] - last.max() >= math.log(1e-5)]
+        p_own = (last[plausible].exp() / last[plausible].exp().sum()).log()
         best, nearest = math.inf, p_own
         for x in image:
-            q = x[kept].log_softmax(-1)
+            q = x[plausible].log_softmax(-1)
             mean = (p_own.exp() + q.exp()) / 2
             if variant == "paper":
                 divergence = 0.5 * (p_own.exp() * (p_own - mean.log())).sum() + 0.5 * (q.exp() * (q - mean.log())).sum()
@@ -237,7 +238,7 @@ def test_revisit_is_the_written_rule(family: str, variant: Any) -> None:
             if divergence < best:
                 best, nearest = float(divergence), q
         scores = torch.full_like(last, -math.inf)
-        scores[kept] = p_own + nearest
+        scores[plausible] = p_own + nearest
         return scores
 
     assert_equal_to_oracle(family, ReVisiT(variant=variant), rule)
@@ -266,11 +267,11 @@ def test_beams_of_a_batch_are_those_of_each_answer_alone(method: Any) -> None:
         *lvlm.batches([example(1)], 1),
     ]
     with method.applied(lvlm):
-        together, *alone = (
+        batched, *alone = (
             beam_search(lvlm, prompts_of(b), lvlm.decoder.start(lvlm, b), 5, names=list(b.images), beams=Beams(3))  # type: ignore[union-attr]
             for b in batches
         )
-    assert together == [answer for (answer,) in alone]
+    assert batched == [answer for (answer,) in alone]
 
 
 def test_image_tokens_follow_the_answers_of_a_search() -> None:

@@ -179,8 +179,8 @@ def test_files_have_the_edited_weights(tmp_path: Path) -> None:
         )
 
     path = weight_export.subspace(method, tmp_path / "subspace.safetensors")
-    again = Nullu(rank=2, subspace=HallucinationSubspace.load(path))
-    with again.applied(lvlm):
+    from_file = Nullu(rank=2, subspace=HallucinationSubspace.load(path))
+    with from_file.applied(lvlm):
         assert all(torch.equal(x, expected[name]) for name, x in state(lvlm).items())
 
 

@@ -18,16 +18,20 @@ def test_a_pair_of_an_example_has_its_images_request_and_group() -> None:
     from dataclasses import replace
 
     example = replace(scenes.dataset(10)[0], suffix="One word.", system="Be brief.", prefix="It is")
-    made = PreferencePair.of(example, "red", "blue", source="labels")
-    assert made.prompt == f"{example.question}\nOne word."
-    assert (made.chosen, made.rejected) == ("It is red", "It is blue")
-    assert (made.images, made.group, made.system) == ((example.image,), example.group, "Be brief.")
-    again = made.example()
-    assert (again.request, again.images, again.system, again.answer) == (
-        made.prompt,
-        made.images,
+    converted = PreferencePair.of(example, "red", "blue", source="labels")
+    assert converted.prompt == f"{example.question}\nOne word."
+    assert (converted.chosen, converted.rejected) == ("It is red", "It is blue")
+    assert (converted.images, converted.group, converted.system) == (
+        (example.image,),
+        example.group,
         "Be brief.",
-        made.chosen,
+    )
+    example_of_pair = converted.example()
+    assert (example_of_pair.request, example_of_pair.images, example_of_pair.system, example_of_pair.answer) == (
+        converted.prompt,
+        converted.images,
+        "Be brief.",
+        converted.chosen,
     )
 
 
@@ -187,8 +191,8 @@ def test_sampled_answers_become_pairs_of_right_and_wrong_ones() -> None:
     assert {(p.chosen, p.rejected) for p in data} == {("yes", "no"), ("yes", "maybe")}
     assert {p.group for p in data} == {questions[0].group}
     assert data.provenance["left_out"] == {"questions with answers of one kind": 2}
-    (one,) = preference.from_answers(questions, result, seed=3)
-    assert one.id == first
+    (only_pair,) = preference.from_answers(questions, result, seed=3)
+    assert only_pair.id == first
     with pytest.raises(DataError, match="is to none of the 1 questions"):
         preference.from_answers(questions[:1], result)
     with pytest.raises(DataError, match="both a right and a wrong answer"):

@@ -46,9 +46,9 @@ def test_a_file_is_read_back_by_a_naive_reader_and_by_ours(form: str, tmp_path: 
     assert file.name == preference_formats[form].file
     expected = [(p.prompt, p.chosen, p.rejected, [pixels(i // 2)]) for i, p in enumerate(data)]
     check_equal(NAIVE[form](file), expected)
-    again = read_preferences(file, form)
-    check_equal(rows_of(again), expected)
-    assert len({p.group for p in again}) == 3  # two pairs about each image
+    loaded = read_preferences(file, form)
+    check_equal(rows_of(loaded), expected)
+    assert len({p.group for p in loaded}) == 3  # two pairs about each image
     text = file.read_bytes()
     assert write_preferences(data, tmp_path / "out", form).read_bytes() == text
     moved = tmp_path / "moved"
@@ -59,10 +59,10 @@ def test_a_file_is_read_back_by_a_naive_reader_and_by_ours(form: str, tmp_path: 
 
 def test_trl_files_hold_no_image_several_images_and_a_system_prompt(tmp_path: Path) -> None:
     pairs = (pair(0, images=()), pair(1, images=(image(1), image(2))), pair(2, system="Be brief."))
-    again = read_preferences(write_preferences(PreferenceData("all", pairs), tmp_path))
-    assert [len(p.images) for p in again] == [0, 2, 1]
-    assert [p.system for p in again] == [None, None, "Be brief."]
-    assert [p.id for p in again] == ["p0", "p1", "p2"]
+    loaded = read_preferences(write_preferences(PreferenceData("all", pairs), tmp_path))
+    assert [len(p.images) for p in loaded] == [0, 2, 1]
+    assert [p.system for p in loaded] == [None, None, "Be brief."]
+    assert [p.id for p in loaded] == ["p0", "p1", "p2"]
 
 
 def test_variants_of_ha_dpo(tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ GOOD: dict[str, dict[str, Any]] = {
 }
 
 
-def asked(question: str) -> list[dict[str, str]]:
+def conversation(question: str) -> list[dict[str, str]]:
     return [{"from": "human", "value": question}, {"from": "gpt", "value": "a"}]
 
 
@@ -238,9 +238,9 @@ MALFORMED: list[tuple[str, dict[str, Any], str]] = [
     ("trl", {"images": ["missing.png"]}, "line 1: image .*missing.png' cannot be read"),
     ("trl", {"image": "a.png"}, "both 'image' and 'images'"),
     ("csr", {"conversations": [TURN]}, "one turn of 'human' and one of 'gpt'"),
-    ("csr", {"conversations": asked("What?")}, "'<image>' once"),
-    ("csr", {"conversations": asked("<image>\nWho?")}, "different questions"),
-    ("csr", {"conversations": asked("<image> a <image>")}, "'<image>' once"),
+    ("csr", {"conversations": conversation("What?")}, "'<image>' once"),
+    ("csr", {"conversations": conversation("<image>\nWho?")}, "different questions"),
+    ("csr", {"conversations": conversation("<image> a <image>")}, "'<image>' once"),
     ("csr", {"image": "/a.png"}, "must be relative"),
     ("csr", {"id": None}, "field 'id'"),
     ("ha_dpo_pope", {"correct": "no"}, "field 'correct' must be true or false"),

@@ -120,8 +120,8 @@ def test_tuning_lowers_the_validation_loss_and_leaves_the_model_alone() -> None:
     assert model().interventions == ()
     assert sum(result.pairs) == 10
     assert result.adapter.provenance["training"]["pairs"] == result.pairs[0]
-    again = tune(model(), colors(), QUICK)
-    assert all(np.array_equal(again.adapter.up[p], result.adapter.up[p]) for p in result.adapter.up)
+    repeated = tune(model(), colors(), QUICK)
+    assert all(np.array_equal(repeated.adapter.up[p], result.adapter.up[p]) for p in result.adapter.up)
 
 
 def test_a_merged_model_has_the_weights_of_the_formula_and_shares_the_others() -> None:

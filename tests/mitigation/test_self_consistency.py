@@ -37,8 +37,8 @@ def test_shares_are_counts_of_sampled_answers() -> None:
             name = f"{example.id}\0{question}\0{noun}"
             count = 0
             for seed in range(3):
-                asked = replace(example, id=name, question=question)
-                batch = next(model.batches([asked], 1))
+                changed = replace(example, id=name, question=question)
+                batch = next(model.batches([changed], 1))
                 (text,) = model.generate_batch(batch, 16, sampling=gs.Sampling(temperature=3.0, seed=seed))
                 count += text.lower().startswith("yes")
             assert value == pytest.approx(count / 3)
@@ -72,8 +72,8 @@ def test_only_sentences_with_a_rejected_object_are_removed() -> None:
 
 
 def test_questions_have_the_attribute_before_the_noun() -> None:
-    asked = questions_about(SelfConsistency(), "A small red apple. The apple is green.")
-    assert asked == {"apple": ("Is there an apple in the image?", "Which objects are red?")}
+    changed = questions_about(SelfConsistency(), "A small red apple. The apple is green.")
+    assert changed == {"apple": ("Is there an apple in the image?", "Which objects are red?")}
     assert list(questions_about(SelfConsistency(), "An orange car and an orange.")) == ["car", "orange"]
     assert questions_about(SelfConsistency(attributes=False), "A red apple")["apple"] == (
         "Is there an apple in the image?",

@@ -86,10 +86,10 @@ def test_judgments_are_scores_of_whole_forwards(score: Any, blind: Any) -> None:
         return float({"logit": yes, "logprob": yes - x.logsumexp(0), "margin": yes - no}[score])
 
     for row, question in enumerate(["Is the apple red?", "Is the car blue?"]):
-        asked = lvlm.encode(replace(scene, question=question)).inputs
-        assert judgments.image[row] == pytest.approx(value(lvlm.logits(asked)), abs=1e-4)
+        with_image = lvlm.encode(replace(scene, question=question)).inputs
+        assert judgments.image[row] == pytest.approx(value(lvlm.logits(with_image)), abs=1e-4)
         removed = lvlm.encode(replace(scene, question=question, image=NoImage())).inputs
-        ids = asked["input_ids"].clone()
+        ids = with_image["input_ids"].clone()
         ids[ids == lvlm.content_id] = vocabulary["<unk>"]
         unknown = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         values = {"removed": value(lvlm.logits(removed)), "unknown": value(lvlm.logits(unknown))}

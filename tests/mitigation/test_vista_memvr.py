@@ -253,7 +253,7 @@ def test_uncertainty_and_scale_on_numbers_by_hand() -> None:
 
 
 def test_memvr_refuses_families_by_name() -> None:
-    with pytest.raises(ModelError, match=r"blip2_opt .* it is no module of its own"):
+    with pytest.raises(ModelError, match=r"blip2_opt .* it is no separate module"):
         MemVR().check(model("blip2_opt"))
     with pytest.raises(ModelError, match="MemVR acts on image tokens"):
         MemVR().check(model("florence2"))

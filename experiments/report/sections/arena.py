@@ -24,11 +24,11 @@ def arena_section(run: RunFiles) -> str:
     ]
     for number, regime in enumerate(regimes):
         head, *lines = cells(arena, regime)
-        shown = table(head, lines)
+        answer_table = table(head, lines)
         parts.append(
-            paragraph(f"Answers by {regime} decoding, in percent:") + shown
+            paragraph(f"Answers by {regime} decoding, in percent:") + answer_table
             if number == 0
-            else closed(f"arena-{regime}", f"Answers by {regime}", shown)
+            else closed(f"arena-{regime}", f"Answers by {regime}", answer_table)
         )
     parts.append(
         figure(

@@ -196,7 +196,7 @@ class OtherImageBranch(_BranchControl):
     def _replaced(self, rule: AnswerRule, model: Lvlm, batch: Batch) -> AnswerRule:
         return _OtherImageRule(rule, self, model, batch)
 
-    def _drawn(self, example: Example) -> list[ImageSource]:
+    def _other_images(self, example: Example) -> list[ImageSource]:
         own = {image.identity for image in example.images}
         others = [image for image in self.images if image.identity not in own]
         if not others:
@@ -212,6 +212,6 @@ class _OtherImageRule(_Wrapped):
         self._control, self._model, self._batch = control, model, batch
 
     def branches(self, first: Step) -> Sequence[Branch]:
-        images = [self._control._drawn(encoding.example) for encoding in self._batch.encodings]
+        images = [self._control._other_images(encoding.example) for encoding in self._batch.encodings]
         other = with_images(self._model, self._batch, "another image", images)
         return [other] * len(super().branches(first))

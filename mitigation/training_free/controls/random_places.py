@@ -48,5 +48,5 @@ def other_layers(model: Lvlm, layers: Sequence[int], seed: int = 0) -> tuple[int
     if len(others) < len(set(layers)):
         msg = f"{len(set(layers))} of {model.n_layers} layers: there are not as many others; choose at most half of the layers"
         raise ConfigError(msg)
-    drawn = generator_of(seed, "layers").choice(others, len(set(layers)), replace=False)
-    return tuple(sorted(int(layer) for layer in drawn))
+    random_layers = generator_of(seed, "layers").choice(others, len(set(layers)), replace=False)
+    return tuple(sorted(int(layer) for layer in random_layers))

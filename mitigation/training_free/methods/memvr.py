@@ -231,7 +231,7 @@ def _network(model: Lvlm, layer: int) -> nn.Module:
     if isinstance(module, nn.Linear):
         msg = (
             f"MemVR changes the feed-forward network of a block, and in {model.name} ({model.spec.model_type}) it is no "
-            "module of its own"
+            "separate module"
         )
         raise ModelError(msg)
     return module

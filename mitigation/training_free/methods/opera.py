@@ -54,8 +54,8 @@ class OPERA(TrainingFree):
 
     Huang et al. 2024, arXiv 2311.17911; rules and defaults are those of the release, which the paper's agree with.
     ``variant="release"`` adds the column after the last image token to the share on image tokens, as the release does. The
-    candidates of all beams share one forward pass, whose rows become the next answers; in the release each candidate is a forward
-    pass of its own, and the chosen ones run again. Products are computed as sums of logarithms in float64. That the earliest
+    candidates of all beams share one forward pass, whose rows become the next answers; in the release each candidate has a
+    separate forward pass, and those chosen run again. Products are computed as sums of logarithms in float64. That the earliest
     of different positions is taken is ours.
 
     Examples
@@ -258,8 +258,8 @@ class OverTrustSearch:
         return logits, weights, (weights * image).sum(-1).tolist()
 
     def _position(self, trust: list[Trust]) -> int | None:
-        """Return the position that the search returns to; None if it goes on."""
-        recurring = [one.recurring() for one in trust]
+        """Return the position that the search returns to; None if it continues."""
+        recurring = [answer_trust.recurring() for answer_trust in trust]
         if any(count <= self.method.recurrences for _, count in recurring):
             return None
         position = min(position for position, _ in recurring)

@@ -113,12 +113,14 @@ class _Decoder(RuleDecoder):
         texts = [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
         examples = [encoding.example for encoding in batch.encodings]
         shares = confirmed_shares(model, self.method, examples, texts)
-        kept: list[list[int]] = []
+        corrected: list[list[int]] = []
         for answer, text, share in zip(answers, texts, shares, strict=True):
             spans = removed_sentences(text, share, self.method)
             ends = [len(tokenizer.decode(answer[: k + 1], skip_special_tokens=True)) for k in range(len(answer))]
-            kept.append([t for t, end in zip(answer, ends, strict=True) if not any(a < end <= b for a, b in spans)])
-        return kept
+            corrected.append(
+                [t for t, end in zip(answer, ends, strict=True) if not any(a < end <= b for a, b in spans)]
+            )
+        return corrected
 
 
 def named_objects(text: str, lexicon: Mapping[str, str]) -> list[tuple[str, int]]:
@@ -139,10 +141,10 @@ def questions_about(method: SelfConsistency, text: str) -> dict[str, tuple[str, 
     """
     questions: dict[str, dict[str, None]] = {}
     for noun, start in named_objects(text, method.lexicon):
-        asked = questions.setdefault(noun, {existence_question(noun): None})
+        texts_of_noun = questions.setdefault(noun, {existence_question(noun): None})
         before = text[:start].split()
         if method.attributes and before and before[-1].lower() in ATTRIBUTES:
-            asked[f"Which objects are {before[-1].lower()}?"] = None
+            texts_of_noun[f"Which objects are {before[-1].lower()}?"] = None
     return {noun: tuple(several) for noun, several in questions.items()}
 
 
@@ -154,7 +156,7 @@ def confirmed_shares(
     for row, (example, text) in enumerate(zip(examples, texts, strict=True)):
         for noun, questions in questions_about(method, text).items():
             for question in questions:
-                asked = replace(
+                question_example = replace(
                     example,
                     id=f"{example.id}\0{question}\0{noun}",
                     question=question,
@@ -162,19 +164,21 @@ def confirmed_shares(
                     prefix="",
                     mentions=(),
                 )
-                items.append((row, noun, asked))
+                items.append((row, noun, question_example))
     shares: list[dict[str, float]] = [{} for _ in texts]
     if not items:
         return shares
     votes: dict[tuple[int, str], list[bool]] = {}
-    prompts = Branch.of("questions", model, [model.encode(asked) for _, _, asked in items]).prompts
-    names = [asked.id for _, _, asked in items]
+    prompts = Branch.of(
+        "questions", model, [model.encode(question_example) for _, _, question_example in items]
+    ).prompts
+    names = [question_example.id for _, _, question_example in items]
     for number in range(method.samples):
         sampling = Sampling(temperature=method.temperature, seed=method.seed + number)
         answers = generate_prompts(model, prompts, AnswerRule(), _ANSWER_TOKENS, names=names, sampling=sampling)
         written = model.processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
-        for (row, noun, asked), answer in zip(items, written, strict=True):
-            votes.setdefault((row, noun), []).append(confirms(answer, noun, asked.question, method.lexicon))
+        for (row, noun, question_example), answer in zip(items, written, strict=True):
+            votes.setdefault((row, noun), []).append(confirms(answer, noun, question_example.question, method.lexicon))
     for (row, noun), several in votes.items():
         shares[row][noun] = sum(several) / len(several)
     return shares

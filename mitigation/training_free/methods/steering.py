@@ -87,20 +87,20 @@ class Steering(TrainingFree):
         """Forward passes that the mitigation needs."""
         return self.mitigation.forward_cost if self.mitigation else self.cost
 
-    def _made(self) -> Mitigation:
+    def _derived(self) -> Mitigation:
         if self.mitigation is None:
             msg = "steering has no vector yet; make it with Steering.derive(gs.DerivationData(…), derivation=…)"
             raise ModelError(msg)
         return self.mitigation
 
     def _check(self, model: Lvlm) -> None:
-        self._made().check(model)
+        self._derived().check(model)
         if self.strength is not None and not isinstance(self.mitigation, SteeringVector):
             msg = f"strength={self.strength:g}: '{self.derivation}' is no steering vector and has no strength"
             raise ConfigError(msg)
 
     def _enter(self, model: Lvlm, stack: ExitStack) -> Decoder | None:
-        mitigation = self._made()
+        mitigation = self._derived()
         if self.strength is not None and isinstance(mitigation, SteeringVector):
             entries = mitigations.usable()
             unit = entries[self.derivation].unit if self.derivation in entries else 1.0

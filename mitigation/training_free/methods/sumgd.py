@@ -44,7 +44,7 @@ class SumGD(TrainingFree):
 
     The longer a caption, the less its words depend on the image. After the first sentence, the model summarizes what it has
     written (text only). Each next word is drafted after the whole text together with two further words, so that it can be
-    tagged in its context; a content word is then written anew after the summary and the current sentence only. Min et al. 2025,
+    tagged in its context; a content word is then written again after the summary and the current sentence only. Min et al. 2025,
     arXiv 2410.13321; the distilled model of the summary (their variant D) is left out. The paper tags parts of speech with
     spaCy; by default a word is a content word here if the shared vocabulary of objects (`concepts.nouns`) contains it, and
     `tagger` takes any function, such as one of spaCy. Sampled words draw by the position of the word. Answers are written one
