@@ -24,6 +24,11 @@ Benchmarks:
 `judge_files`
     Benchmarks with a judge model: requests for the judge, and scores of its verdicts.
 
+Descriptions in free text:
+
+`free_text`
+    Objects, attributes and relations that a description names, judged by the annotations of its image.
+
 Analysis:
 
 `metrics`

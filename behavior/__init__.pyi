@@ -7,6 +7,20 @@ from .benchmark_table import BenchmarkRow, BenchmarkTable, benchmark_table
 from .bleu import bleu
 from .chair import ChairResult, chair
 from .comparison import Comparison, compare
+from .free_text import (
+    Description,
+    FreeTextScores,
+    ImageAnnotation,
+    Span,
+    SpanAgreement,
+    compare_spans,
+    image_annotations,
+    judge_description,
+    parse_description,
+    read_descriptions,
+    score_descriptions,
+    write_descriptions,
+)
 from .metrics import BehaviorMetric, compare_metric, compute_metrics
 from .parsing import PARSERS
 from .pope import PopeResult, PopeScores, pope
@@ -22,8 +36,13 @@ __all__ = [
     "ChairResult",
     "Comparison",
     "Cost",
+    "Description",
+    "FreeTextScores",
+    "ImageAnnotation",
     "PopeResult",
     "PopeScores",
+    "Span",
+    "SpanAgreement",
     "amber",
     "answer",
     "answer_each",
@@ -32,11 +51,18 @@ __all__ = [
     "chair",
     "compare",
     "compare_metric",
+    "compare_spans",
     "compute_metrics",
+    "image_annotations",
+    "judge_description",
     "judge_files",
     "load_answers",
     "metrics",
     "mme",
+    "parse_description",
     "pope",
+    "read_descriptions",
+    "score_descriptions",
     "taxonomy",
+    "write_descriptions",
 ]

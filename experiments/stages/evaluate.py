@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from behavior import answer
+from behavior import answer, image_annotations, score_descriptions, write_descriptions
 from behavior.chair import read_synonyms
 from behavior.metrics import METRICS, compare_metric, compute_metrics
 from concepts.schema import ConceptDataset
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from behavior import BehaviorResult
     from lvlm import Sampling
 
+DESCRIPTIONS = "descriptions-"
+"""Start of the names of the files with judged captions."""
 RUNS = ("before", "after", "exportable", *CONTROLS, "twin")
 """All conditions under which the test questions are answered."""
 
@@ -112,6 +114,7 @@ def make_behavior(context: Context, root: Path) -> str:
     }
     write_json(root / "changes.json", changes)
     write_scores(root / "scores.json", results)
+    _write_descriptions(root, results, data)
     _measure_guards(context, root, results, vectors)
     if with_vectors:  # else the run may have no activations
         illustrate_prior_error(context, root, vectors.get("after"), twin="twin" in results)
@@ -122,6 +125,21 @@ def make_behavior(context: Context, root: Path) -> str:
     return f"{format_count(len(data), 'question')}; " + "; ".join(
         f"{n} {rates['before'][n].value:.3f}{after[n]}" for n in names[:3]
     )
+
+
+def _write_descriptions(root: Path, results: Mapping[str, BehaviorResult], data: ConceptDataset) -> None:
+    """Write the captions of each condition with judged objects, attributes and relations, if the data have captions."""
+    groups = {example.id: example.group for example in data if example.kind == "caption"}
+    by_image = image_annotations(data) if groups else {}
+    annotations = {name: by_image[group] for name, group in groups.items()}
+    for run, result in results.items():
+        texts = {name: text for name, text in result.texts.items() if name in annotations}
+        if texts:
+            scores = score_descriptions(texts, annotations)
+            write_descriptions(scores.descriptions, root / f"{DESCRIPTIONS}{run.replace(' ', '-')}.jsonl")
+            write_json(
+                root / f"{DESCRIPTIONS}{run.replace(' ', '-')}.json", {row.level: asdict(row) for row in scores.levels}
+            )
 
 
 def _measure_guards(

@@ -9,6 +9,7 @@ from experiments.report.section import Section
 from experiments.report.sections.accuracy import accuracy_section
 from experiments.report.sections.arena import arena_section
 from experiments.report.sections.correction import correction_section
+from experiments.report.sections.descriptions import descriptions_section
 from experiments.report.sections.diagnoses import diagnoses_section
 from experiments.report.sections.example import example_section
 from experiments.report.sections.heads import heads_section
@@ -35,6 +36,7 @@ SECTIONS: Registry[Section] = Registry(
         "example": Section("One error", example_section, ("probe", "patch", "evaluate")),
         "levels": Section("By level", levels_section, ("probe", "patch", "evaluate", "diagnose")),
         "accuracy": Section("Answers", accuracy_section, ("evaluate",)),
+        "descriptions": Section("Free text", descriptions_section, ("evaluate",)),
         "known": Section("Probes", probes_section, ("probe",)),
         "used": Section("Patching", patching_section, ("patch",)),
         "heads": Section("Heads", heads_section, ("patch",)),
