@@ -46,7 +46,7 @@ class Share:
     """
 
     level: str
-    """One of `concepts.schema.LEVELS`, or ``all``."""
+    """One of `concepts.concept.LEVELS`, or ``all``."""
     kind: str
     """Kind of the questions, or ``all``."""
     n: int

@@ -10,9 +10,9 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from concepts import ConceptDataset
+from concepts.question import Question
 from concepts.scenes.questions import YES_NO, as_example
 from concepts.scenes.scene import TEST, generator, sample_scene
-from concepts.schema import Question
 from lvlm.tiny.architecture import IMAGE, build_tokenizer, vocabulary
 
 BATCH_SIZE = 8

@@ -12,10 +12,11 @@ import numpy as np
 from activation_store import ActivationStore, ConceptDirection
 from circuits import random_heads
 from concepts import counterfactuals
+from concepts.counterfactual_pair import CounterfactualPair
 from concepts.object_mentions import mentioned_objects
 from concepts.scenes import questions
 from concepts.scenes.icons import NOUNS
-from concepts.schema import ConceptDataset, CounterfactualPair
+from concepts.schema import ConceptDataset
 from lvlm import Head, Lvlm
 from mitigation import Contrast, SteeringVector, combine, derive
 from mitigation.published_methods import preserved

@@ -77,7 +77,7 @@ from circuits import (
     patch_heads,
 )
 from concepts import counterfactuals, scenes
-from concepts.schema import CounterfactualPair
+from concepts.counterfactual_pair import CounterfactualPair
 from groundscope.testing.planted_circuits import plant
 from lvlm import Head, Lvlm, Site, load_lvlm
 

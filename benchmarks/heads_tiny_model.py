@@ -34,7 +34,8 @@ from circuits import HeadSet, ablate, attention_knockout, compare, head_table, p
 from circuits.head_screening.table import CAUSAL, CORRELATIONAL
 from concepts import counterfactuals, scenes
 from concepts.concept import LEVELS
-from concepts.schema import ConceptDataset, CounterfactualPair, Example
+from concepts.counterfactual_pair import CounterfactualPair
+from concepts.schema import ConceptDataset, Example
 from groundscope.core.statistics import Estimate, cluster_bootstrap, draws_interval
 from lvlm import load_lvlm
 from lvlm.model import Lvlm

@@ -47,10 +47,13 @@ from benchmarks._harness import describe_device, finish, option_parser, progress
 from circuits import HeadScores, compare, patch_heads, top_heads
 from concepts import counterfactuals, scenes
 from concepts.concept import LEVELS
+from concepts.counterfactual_pair import CounterfactualPair
 from concepts.image_files import BytesImage
+from concepts.image_source import ImageSource
+from concepts.scene_object import Box, SceneObject
 from concepts.scenes.icons import COLORS, icon
 from concepts.scenes.scene import SIDE, Scene
-from concepts.schema import Box, ConceptDataset, CounterfactualPair, Example, ImageSource, SceneObject
+from concepts.schema import ConceptDataset, Example
 from diagnosis import diagnose, fit_directions
 from experiments.config import SteerConfig
 from groundscope.core.intervals import wilson

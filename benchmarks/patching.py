@@ -57,7 +57,7 @@ from circuits import patch, patch_heads
 from circuits.execution.prefix_cache import Recording, observe, record
 from circuits.execution.suffix_runner import Row, resume
 from circuits.patching.sweep import rows_of
-from concepts.schema import CounterfactualPair
+from concepts.counterfactual_pair import CounterfactualPair
 from lvlm import FamilySpec, Lvlm, Site, wrap_lvlm
 
 QUESTION = " ".join(["Is there a cat", *["or a dog"] * 8, "in the image"]) + "?"

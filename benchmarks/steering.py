@@ -42,9 +42,9 @@ from benchmarks._harness import (
 )
 from benchmarks._medium_llava import BATCH_SIZE, TEXT, build_network, build_processor, make_questions
 from concepts import ConceptDataset
+from concepts.question import Question
 from concepts.scenes.questions import YES_NO, as_example
 from concepts.scenes.scene import TEST, generator, sample_scene
-from concepts.schema import Question
 from lvlm import Head, Lvlm, wrap_lvlm
 from mitigation import SteeringVector
 from mitigation.steering.changes import AddChange, AmplifyChange, VectorChange

@@ -1,7 +1,11 @@
 """Inputs of a model: scenes, questions, counterfactual pairs, and loaders of files.
 
 `schema`
-    The data classes: objects, questions, examples, datasets and counterfactual pairs.
+    Examples, and the datasets that they are in.
+`scene_object`, `image_source`, `question`
+    Parts of an example: annotated objects with their boxes, the image, and a question with its answer.
+`counterfactual_pair`
+    Two examples that differ in one stated thing.
 `concept`
     A property of an example, and the three levels of properties.
 `mention`

@@ -3,20 +3,15 @@
 from . import counterfactuals, loaders, scenes
 from .combination import combine_datasets, dataset_parts
 from .concept import Concept
+from .counterfactual_pair import CounterfactualPair
 from .image_files import BytesImage, FileImage
+from .image_source import ImageSource, NoImage
 from .mention import Mention
 from .mention_labels import with_mentions
+from .question import Question
 from .run_length_masks import RunLengthMask
-from .schema import (
-    Box,
-    ConceptDataset,
-    CounterfactualPair,
-    Example,
-    ImageSource,
-    NoImage,
-    Question,
-    SceneObject,
-)
+from .scene_object import Box, SceneObject
+from .schema import ConceptDataset, Example
 
 __all__ = [
     "Box",

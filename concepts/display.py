@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 from groundscope.core.errors import GroundscopeError
 
 if TYPE_CHECKING:
-    from concepts.schema import CounterfactualPair, Example, ImageSource
+    from concepts.counterfactual_pair import CounterfactualPair
+    from concepts.image_source import ImageSource
+    from concepts.schema import Example
 
 SIDE = 160
 """Longest side of a thumbnail in pixels."""

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from PIL import Image
 
-from concepts.schema import Box, ImageSource
+from concepts.image_source import ImageSource
+from concepts.scene_object import Box
 from groundscope.core.errors import DataError
 
 

@@ -1,19 +1,19 @@
-"""Data classes of a model's inputs: objects, questions, examples, datasets and counterfactual pairs."""
+"""Data classes of a model's inputs: examples and datasets."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Protocol, overload
+from typing import TYPE_CHECKING, overload
 
 from concepts.concept import Level
+from concepts.image_source import ImageSource, NoImage
 from concepts.mention import Mention
-from concepts.outlines import Outline, outline_record
+from concepts.scene_object import SceneObject
 from groundscope.core.errors import ConfigError, DataError
 from groundscope.core.short_repr import short_repr
 from groundscope.core.text import format_count, nearest
@@ -22,207 +22,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import pandas as pd
-    from PIL import Image
-
-EXAMPLE_COLUMNS = frozenset(
-    {"id", "group", "question", "answer", "split", "kind", "level", "subject", "prior_answer", "model_answer", "margin"}
-    | {"correct", "n_tokens", "boxes", "box_ids", "box_nouns", "image", "generated", "images", "candidates", "objects"}
-    | {"aliases", "prefix", "mentions"}
-)
-"""Columns of tables of examples that are fields or results, not labels, and names with ``span:`` or ``mention:`` before."""
-
-
-def is_label_name(name: str) -> bool:
-    """Whether a column of a table of examples can hold labels, judged by its name.
-
-    Examples
-    --------
-    >>> from concepts.schema import is_label_name
-    >>> [is_label_name(name) for name in ("object:dog", "hallucinated", "scene:indoor", "question", "span:image")]
-    [True, True, True, False, False]
-    """
-    return name not in EXAMPLE_COLUMNS and not name.startswith(("span:", "mention:"))
-
-
-YES_NO = ("yes", "no")
-"""Candidates of a yes-no question."""
-
-
-def yes_or_no(truth: bool) -> str:
-    """Return the true answer to a yes-no question."""
-    return YES_NO[0] if truth else YES_NO[1]
-
-
-@dataclass(frozen=True, slots=True)
-class Box:
-    """Axis-aligned box in pixels, half open: columns ``x0 .. x1-1``, rows ``y0 .. y1-1``.
-
-    Examples
-    --------
-    >>> import groundscope as gs
-    >>> box = gs.Box(10, 20, 14, 23)
-    >>> box.area, box.center, box.intersection(gs.Box(12, 20, 30, 30))
-    (12, (12.0, 21.5), 6)
-    """
-
-    x0: float
-    y0: float
-    x1: float
-    y1: float
-
-    @property
-    def area(self) -> float:
-        """Area in square pixels; 0 for an empty box."""
-        return max(0.0, self.x1 - self.x0) * max(0.0, self.y1 - self.y0)
-
-    @property
-    def center(self) -> tuple[float, float]:
-        """Center ``(x, y)`` in pixels."""
-        return (self.x0 + self.x1) / 2, (self.y0 + self.y1) / 2
-
-    def intersection(self, other: Box) -> float:
-        """Return the area in square pixels of the overlap with another box."""
-        return Box(max(self.x0, other.x0), max(self.y0, other.y0), min(self.x1, other.x1), min(self.y1, other.y1)).area
-
-
-def check_box(box: Box, name: str) -> None:
-    """Raise `DataError` for an object's box that is not finite, has a negative side or has no area."""
-    sides = (box.x0, box.y0, box.x1, box.y1)
-    if not all(math.isfinite(side) for side in sides) or min(box.x0, box.y0) < 0 or not box.area:
-        msg = (
-            f"object '{name}' has the box {', '.join(f'{side:g}' for side in sides)} (x0, y0, x1, y1): its sides must be "
-            "finite, not negative, and x0 < x1, y0 < y1; clip it to the image, or give None for an object without a box"
-        )
-        raise DataError(msg)
-
-
-@dataclass(frozen=True, slots=True)
-class SceneObject:
-    """An annotated object in an image.
-
-    Raises
-    ------
-    DataError
-        For a box that is not finite, has a negative side or has no area.
-
-    Examples
-    --------
-    >>> import groundscope as gs
-    >>> apple = gs.SceneObject("o1", "apple", gs.Box(10, 20, 40, 50), {"color": "green"})
-    >>> apple.noun, apple.attributes["color"], apple.require_box().area
-    ('apple', 'green', 900)
-    """
-
-    id: str
-    noun: str
-    box: Box | None
-    """Its box in pixels of the loaded image; None if unknown, and then no image token belongs to the object."""
-    attributes: Mapping[str, str] = field(default_factory=dict)
-    """Kind of attribute to its value, such as ``{"color": "green", "size": "big"}``; empty without annotation."""
-    outline: Outline = ()
-    """Polygons ``(x0, y0, x1, y1, …)`` in pixels of the loaded image, or a mask (`RunLengthMask`); empty without annotation."""
-
-    def __post_init__(self) -> None:
-        if self.box is not None:
-            check_box(self.box, self.id)
-
-    def record(self) -> dict[str, object]:
-        """Return the fields as values that JSON can represent; without an empty outline."""
-        outline = {"outline": outline_record(self.outline)} if self.outline else {}
-        box = None if self.box is None else asdict(self.box)
-        return {"id": self.id, "noun": self.noun, "box": box, "attributes": dict(self.attributes), **outline}
-
-    def require_box(self) -> Box:
-        """Return the box; raises `DataError` for an object without one."""
-        if self.box is None:
-            msg = f"object '{self.id}' ({self.noun}) has no box in its annotation, but one is needed here"
-            raise DataError(msg)
-        return self.box
-
-
-class ImageSource(Protocol):
-    """Source of one RGB image, which is decoded or drawn each time it is loaded.
-
-    Any object with these two members can be the image of an example: `FileImage`, `BytesImage`, or a class of the user's own.
-    Derive identities from pixels or from what determines them: images with equal identities are encoded once.
-
-    Examples
-    --------
-    >>> from dataclasses import dataclass, replace
-    >>> from PIL import Image
-    >>> import groundscope as gs
-    >>> @dataclass(frozen=True)
-    ... class PlainImage:
-    ...     color: str
-    ...     @property
-    ...     def identity(self):
-    ...         return f"plain {self.color}"
-    ...     def load(self):
-    ...         return Image.new("RGB", (112, 112), self.color)
-    >>> example = replace(gs.scenes.dataset(10)[0], image=PlainImage("red"))
-    >>> model = gs.load_lvlm("tiny")
-    >>> model.encode(example).tokens.length == model.encode(gs.scenes.dataset(10)[0]).tokens.length
-    True
-    """
-
-    def load(self) -> Image.Image:
-        """Return the RGB image; raises `DataError`, naming the file, if it cannot be read."""
-        ...
-
-    @property
-    def identity(self) -> str:
-        """Text that is equal for equal images, such as the description of a scene or the digest of a file."""
-        ...
-
-
-@dataclass(frozen=True)
-class NoImage:
-    """The image of an example without one: its question is asked without an image.
-
-    Examples
-    --------
-    >>> from dataclasses import replace
-    >>> import groundscope as gs
-    >>> from concepts import NoImage
-    >>> example = replace(gs.scenes.dataset(10)[0], image=NoImage())
-    >>> example.images
-    ()
-    """
-
-    identity: str = "no image"
-
-    def load(self) -> Image.Image:
-        """Raise `DataError`: there is nothing to load."""
-        msg = "an example without an image is used where an image is needed; leave it out: data.filter(lambda e: e.images)"
-        raise DataError(msg)
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question about an image, with its true answer; `Example` adds the image.
-
-    Examples
-    --------
-    >>> import groundscope as gs
-    >>> question = gs.Question("Is there a dog in the image?", "no", ("yes", "no"), "object", "existence")
-    >>> question.answer in question.candidates
-    True
-    """
-
-    text: str
-    answer: str
-    """The true answer."""
-    candidates: tuple[str, ...]
-    """The possible answers, such as ``("yes", "no")`` or all colors; empty for free text."""
-    level: Level
-    kind: str
-    """Form of the question: ``existence``, ``color``, ``what_color``, ``size``, ``relation``, ``caption``, …"""
-    subject: str | None = None
-    """Id of the object of the question; None if the object is not in the image."""
-    labels: Mapping[str, bool] = field(default_factory=dict)
-    """Truth of the concepts that the question is about, by concept (``level:name``)."""
-    prior_answer: str | None = None
-    """The most likely answer without the image, such as the typical color; None if unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -551,59 +350,3 @@ class ConceptDataset(Sequence[Example]):
             h.update(json.dumps(example.record(), sort_keys=True).encode())
             h.update(b"\n")
         return h.hexdigest()
-
-
-@dataclass(frozen=True)
-class CounterfactualPair:
-    """Two examples with the same question that differ in one stated thing, made by `concepts.counterfactuals.pairs`.
-
-    The image of `corrupt` is that of `clean` with one change, and its true answer is another one; after the changes
-    ``blank``, ``blur``, ``noise`` and ``mask`` the image shows no evidence for any answer.
-
-    Raises
-    ------
-    DataError
-        If the two examples have different prefixes.
-
-    Examples
-    --------
-    >>> import groundscope as gs
-    >>> pair = gs.counterfactuals.pairs(gs.scenes.dataset(10), "object", limit=1)[0]
-    >>> pair.clean.question == pair.corrupt.question, pair.clean.answer, pair.corrupt.answer, pair.kind
-    (True, 'yes', 'no', 'object')
-    """
-
-    clean: Example
-    corrupt: Example
-    kind: str
-    """Kind of the change, an entry of `concepts.counterfactuals.KINDS`."""
-    change: str
-    """The change in words, such as ``apple: green -> red``."""
-    method: str = ""
-    """How a photograph was changed: ``swap``, ``mirror``, ``recolor``, ``inpaint``; empty for scenes, which are drawn again."""
-    placebo: bool = False
-    """Whether the true answer is the same in both: a control for what the change itself does."""
-
-    def __post_init__(self) -> None:
-        if self.clean.prefix != self.corrupt.prefix:
-            msg = (
-                f"pair '{self.clean.id}': clean has the prefix '{self.clean.prefix}', corrupt '{self.corrupt.prefix}'; give "
-                "both examples the same prefix"
-            )
-            raise DataError(msg)
-
-    def __repr__(self) -> str:
-        answers = f"'{self.clean.answer}' -> '{self.corrupt.answer}'"
-        method = f", {self.method}" if self.method else ""
-        after = f" after '{self.clean.prefix.strip()}'" if self.clean.prefix else ""
-        return f"CounterfactualPair({self.kind}{method}: {self.change}; '{self.clean.question}' {answers}{after})"
-
-    def _repr_html_(self) -> str:
-        from concepts.display import pair_html
-
-        return pair_html(self)
-
-    @property
-    def group(self) -> str:
-        """The image or scene of the clean example."""
-        return self.clean.group

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from concepts.schema import Example, NoImage
+from concepts.image_source import NoImage
+from concepts.schema import Example
 from groundscope.core.errors import ModelError
 from lvlm.encoding.encode import Batch, Encoding
 from lvlm.generation import greedy

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class MemoryImage:
-    """An RGB image in memory as a `concepts.schema.ImageSource`.
+    """An RGB image in memory as a `concepts.image_source.ImageSource`.
 
     Examples
     --------
@@ -49,7 +49,7 @@ def as_rgb(image: Any) -> Image.Image:
     ----------
     image
         Path, Pillow image, array of unsigned bytes ``[height, width]``, ``[height, width, 3]`` or ``[height, width, 4]``, or a
-        `concepts.schema.ImageSource`.
+        `concepts.image_source.ImageSource`.
 
     Raises
     ------

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from concepts.schema import Box, Example, ImageSource, check_box
+from concepts.image_source import ImageSource
+from concepts.scene_object import Box, check_box
+from concepts.schema import Example
 from groundscope.core.bounded_cache import BoundedCache
 from groundscope.core.errors import ModelError
 from lvlm.access.attention_parts import has_attention, head_site, output_projection
@@ -282,8 +284,8 @@ class Lvlm:
         Parameters
         ----------
         image
-            Path, Pillow image, array of unsigned bytes ``[height, width, 3]``, or a `concepts.schema.ImageSource`; a list of
-            them for a question about several images.
+            Path, Pillow image, array of unsigned bytes ``[height, width, 3]``, or a `concepts.image_source.ImageSource`; a list
+            of them for a question about several images.
         question
             The user's turn.
         system

@@ -10,7 +10,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from concepts import counterfactuals
-from concepts.schema import ConceptDataset, CounterfactualPair
+from concepts.counterfactual_pair import CounterfactualPair
+from concepts.schema import ConceptDataset
 from groundscope.core.errors import DataError
 from lvlm.sites import Head
 from mitigation.steering.contrast import Contrast

@@ -13,9 +13,10 @@ import numpy as np
 
 from activation_store.direction import ConceptDirection
 from concepts import counterfactuals
+from concepts.counterfactual_pair import CounterfactualPair
 from concepts.nouns import canonical_noun
 from concepts.object_mentions import mentioned_objects
-from concepts.schema import ConceptDataset, CounterfactualPair, Example
+from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import DataError
 from lvlm.sites import Head
 from mitigation.guard import caption_prompts, plain_texts

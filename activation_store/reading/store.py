@@ -24,7 +24,7 @@ from activation_store.reading.catalog import Catalog
 from activation_store.reading.folder import Folder, OpenShard, check_mergeable, open_folder, provenance_of
 from activation_store.reading.query import find_rows
 from activation_store.reading.rows import RowSelection, as_range, resolve_rows, token_rows
-from concepts.schema import is_label_name
+from concepts.label_names import is_label_name
 from groundscope.core.errors import SiteError, StoreError
 from groundscope.core.files import canonical_json, too_many_files
 from groundscope.core.text import format_count

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from activation_store.tracing.example_table import picture_digest
-from concepts.schema import Example, ImageSource
+from concepts.image_source import ImageSource
+from concepts.schema import Example
 from groundscope.core.errors import DataError
 from groundscope.core.progress import step_bar
 

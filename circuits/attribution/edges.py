@@ -39,7 +39,7 @@ from circuits.patching.pairs import check_enough_pairs
 from circuits.patching.sweep import Mode
 from circuits.results.graph import Graph, Shape
 from circuits.results.statistics import mean_interval
-from concepts.schema import CounterfactualPair
+from concepts.counterfactual_pair import CounterfactualPair
 from lvlm.access.weights import matrix_of
 from lvlm.model import Lvlm
 

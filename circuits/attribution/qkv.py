@@ -23,7 +23,7 @@ from circuits.patching.activation import head_scores_of, plans_of, settings_of
 from circuits.patching.metrics import MetricFunction, gradient_metric
 from circuits.patching.sweep import Mode
 from circuits.results.head_scores import HeadScores
-from concepts.schema import CounterfactualPair
+from concepts.counterfactual_pair import CounterfactualPair
 from groundscope.core.errors import ConfigError, ModelError
 from lvlm.model import Inputs, Lvlm
 from lvlm.token_selection import TokenSelection

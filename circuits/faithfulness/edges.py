@@ -19,7 +19,7 @@ from circuits.patching.activation import plans_of, settings_of
 from circuits.patching.metrics import metric_of
 from circuits.patching.sweep import side_by_side
 from circuits.results.graph import Graph, Shape
-from concepts.schema import CounterfactualPair
+from concepts.counterfactual_pair import CounterfactualPair
 from groundscope.core.errors import ConfigError, ModelError, PatchError
 from groundscope.core.progress import progress_bar
 from groundscope.core.short_repr import short_repr

@@ -17,7 +17,8 @@ from circuits.head_screening.image_attention import attention_to_image
 from circuits.head_screening.localization import selected
 from circuits.patching.activation import check_evaluating, patch_heads
 from circuits.results.statistics import GroupedScores, RankingComparison, compare_rows, mean_interval
-from concepts.schema import CounterfactualPair, Example
+from concepts.counterfactual_pair import CounterfactualPair
+from concepts.schema import Example
 from groundscope.core import artifacts
 from groundscope.core.errors import ConfigError, PatchError, StoreError
 from groundscope.core.progress import progress_bar

@@ -19,7 +19,8 @@ from circuits.input_attribution.results import Sources, SourceShares
 from circuits.patching.activation import check_evaluating
 from circuits.patching.sweep import side_by_side
 from concepts.counterfactuals import EditedImage
-from concepts.schema import Example, ImageSource, require_one_image
+from concepts.image_source import ImageSource
+from concepts.schema import Example, require_one_image
 from groundscope.core.errors import ConfigError, PatchError
 from groundscope.core.progress import progress_bar
 from lvlm.answer_keys import AnswerKey, answer_key

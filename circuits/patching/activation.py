@@ -24,7 +24,7 @@ from circuits.patching.sweep import Mode, PairPlan, Settings, SweepResult, patch
 from circuits.patching.targets import Target, every_head, units_of
 from circuits.results.head_scores import HeadScores
 from circuits.results.patch_scores import PatchScores
-from concepts.schema import CounterfactualPair
+from concepts.counterfactual_pair import CounterfactualPair
 from groundscope.core.errors import ConfigError, PatchError
 from groundscope.core.progress import progress_bar
 from groundscope.core.text import format_count

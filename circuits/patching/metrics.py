@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from concepts.schema import CounterfactualPair
+from concepts.counterfactual_pair import CounterfactualPair
 from groundscope.core.errors import ConfigError, DataError, PatchError
 from groundscope.core.registry import Registry
 from lvlm.answer_keys import AnswerKey, answer_key

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from circuits.results.head_scores import HeadScores
-from concepts.schema import CounterfactualPair, Example
+from concepts.counterfactual_pair import CounterfactualPair
+from concepts.schema import Example
 from groundscope.core.errors import ConfigError, PatchError
 from groundscope.core.progress import progress_bar
 from groundscope.core.text import format_count, nearest

@@ -11,7 +11,7 @@ import numpy as np
 
 from circuits.patching.metrics import Metric, pair_key
 from circuits.patching.sweep import PairPlan
-from concepts.schema import CounterfactualPair
+from concepts.counterfactual_pair import CounterfactualPair
 from groundscope.core.errors import DataError, PatchError, SiteError
 from groundscope.core.text import format_count
 from lvlm.answer_keys import answer_tokens

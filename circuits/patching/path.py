@@ -16,7 +16,7 @@ from circuits.patching.metrics import MetricFunction, metric_of
 from circuits.patching.sweep import Mode, Todo, Work, columns_for, sweep
 from circuits.patching.targets import head_part
 from circuits.results.patch_scores import PatchScores
-from concepts.schema import CounterfactualPair
+from concepts.counterfactual_pair import CounterfactualPair
 from groundscope.core.errors import ConfigError, PatchError
 from lvlm.model import Lvlm
 from lvlm.sites import Head, Site, parse_heads

@@ -17,7 +17,7 @@ from circuits.execution.prefix_cache import Recording, See, Values, observe
 from circuits.execution.suffix_runner import Row
 from circuits.interventions.intervention import Intervention, Replace, columns_of
 from circuits.patching.metrics import Metric
-from concepts.schema import CounterfactualPair
+from concepts.counterfactual_pair import CounterfactualPair
 from groundscope.core.progress import progress_bar
 from lvlm.answer_keys import AnswerKey
 from lvlm.finite_logits import check_finite

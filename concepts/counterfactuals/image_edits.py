@@ -13,7 +13,10 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 from PIL import Image, ImageFilter
 
-from concepts.schema import Box, ConceptDataset, CounterfactualPair, Example, ImageSource
+from concepts.counterfactual_pair import CounterfactualPair
+from concepts.image_source import ImageSource
+from concepts.scene_object import Box
+from concepts.schema import ConceptDataset, Example
 
 BLUR_RADIUS = 5.0
 """Standard deviation of the Gaussian blur in pixels, as in ICT."""

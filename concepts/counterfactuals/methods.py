@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from concepts.counterfactual_pair import CounterfactualPair
 from concepts.counterfactuals.photographs.inpaint import inpaint_pairs
 from concepts.counterfactuals.photographs.listed_pairs import listed_pairs
 from concepts.counterfactuals.photographs.mirror import mirror_pairs
 from concepts.counterfactuals.photographs.recolor import recolor_pairs
 from concepts.counterfactuals.photographs.swap import swap_pairs
-from concepts.schema import ConceptDataset, CounterfactualPair
+from concepts.schema import ConceptDataset
 from groundscope.core.errors import ConfigError
 from groundscope.core.registry import Registry
 from groundscope.core.text import nearest

@@ -6,12 +6,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
+from concepts.counterfactual_pair import CounterfactualPair
 from concepts.counterfactuals.image_edits import edit_pairs
 from concepts.counterfactuals.methods import METHODS, PairMethod, methods_of
 from concepts.counterfactuals.pair_set import PairSet
 from concepts.counterfactuals.scene_edits import color_pairs, object_pairs, relation_pairs
 from concepts.scenes.scene import Scene
-from concepts.schema import ConceptDataset, CounterfactualPair
+from concepts.schema import ConceptDataset
 from groundscope.core.errors import ConfigError, DataError
 from groundscope.core.registry import Registry
 from groundscope.core.text import nearest

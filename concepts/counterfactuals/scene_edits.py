@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from concepts.counterfactual_pair import CounterfactualPair
+from concepts.question import Question
 from concepts.scenes import questions
 from concepts.scenes.distributions import COLOR_NAMES
 from concepts.scenes.scene import RELATIONS, Scene
-from concepts.schema import ConceptDataset, CounterfactualPair, Example, Question
+from concepts.schema import ConceptDataset, Example
 
 
 def object_pairs(data: ConceptDataset) -> Iterator[CounterfactualPair]:

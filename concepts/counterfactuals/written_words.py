@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
+from concepts.counterfactual_pair import CounterfactualPair
 from concepts.counterfactuals.image_edits import EditedImage
+from concepts.image_source import ImageSource
 from concepts.mention import Mention
-from concepts.schema import CounterfactualPair, Example, ImageSource
+from concepts.schema import Example
 from groundscope.core.errors import ConfigError, DataError
 
 _EDITS = ("blank", "blur", "noise")

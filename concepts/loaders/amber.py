@@ -9,11 +9,12 @@ from pathlib import Path
 from types import MappingProxyType
 
 from concepts.concept import Level
+from concepts.question import YES_NO
 from concepts.reading.assembly import build_dataset, check_counts
 from concepts.reading.image_folder import ImageFolder
 from concepts.reading.record import Record
 from concepts.reading.records import read_json_records
-from concepts.schema import YES_NO, ConceptDataset, Example
+from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import DataError
 from groundscope.core.text import nearest
 

@@ -13,11 +13,13 @@ from types import MappingProxyType
 from concepts.concept import Level
 from concepts.image_files import FileImage
 from concepts.nouns import existence_question
+from concepts.question import YES_NO, yes_or_no
 from concepts.reading.assembly import build_dataset, check_counts
 from concepts.reading.image_folder import ImageFolder
 from concepts.reading.json_stream import stream_list
 from concepts.reading.record import Record, as_record
-from concepts.schema import YES_NO, ConceptDataset, Example, SceneObject, yes_or_no
+from concepts.scene_object import SceneObject
+from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import DataError
 from groundscope.core.text import format_count, nearest
 

@@ -18,7 +18,8 @@ from concepts.reading.json_stream import missing_list, stream, stream_list
 from concepts.reading.outlines import read_outline
 from concepts.reading.record import Record
 from concepts.run_length_masks import RunLengthMask
-from concepts.schema import ConceptDataset, Example, SceneObject
+from concepts.scene_object import SceneObject
+from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import DataError
 from groundscope.core.text import format_count
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from concepts.concept import Level
+from concepts.question import YES_NO
 from concepts.reading.annotation_questions import (
     UNUSED_ATTRIBUTES,
     AnnotatedImage,
@@ -22,7 +23,8 @@ from concepts.reading.box_frames import BoxFrame, annotated_size, box_numbers
 from concepts.reading.image_folder import ImageFolder
 from concepts.reading.json_stream import stream_keyed
 from concepts.reading.record import Record, as_record
-from concepts.schema import YES_NO, ConceptDataset, Example, SceneObject
+from concepts.scene_object import SceneObject
+from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import DataError
 from groundscope.core.text import nearest
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from concepts.concept import Level
+from concepts.question import YES_NO
 from concepts.reading.assembly import build_dataset, check_counts
 from concepts.reading.image_folder import ImageFolder
 from concepts.reading.record import Record, is_text
 from concepts.reading.records import read_records
-from concepts.schema import YES_NO, ConceptDataset, Example
+from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import DataError
 from groundscope.core.text import format_count, nearest
 

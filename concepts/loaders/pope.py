@@ -9,12 +9,13 @@ from itertools import islice
 from pathlib import Path
 
 from concepts.nouns import asked_noun
+from concepts.question import YES_NO
 from concepts.reading.assembly import check_counts
 from concepts.reading.image_folder import ImageFolder
 from concepts.reading.record import Record
 from concepts.reading.records import read_records
 from concepts.reading.text_files import sha256
-from concepts.schema import YES_NO, ConceptDataset, Example
+from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import DataError
 
 SPLITS = ("random", "popular", "adversarial")

@@ -10,6 +10,7 @@ from types import MappingProxyType
 
 from concepts.image_files import FileImage
 from concepts.nouns import is_the, singular
+from concepts.question import YES_NO, yes_or_no
 from concepts.reading.annotation_questions import ATTRIBUTE_KINDS, SPELLINGS, attribute_question, attributes_of
 from concepts.reading.assembly import build_dataset, check_counts
 from concepts.reading.attribute_values import attribute_kinds
@@ -18,7 +19,8 @@ from concepts.reading.image_folder import ImageFolder
 from concepts.reading.outlines import read_outline
 from concepts.reading.record import Record
 from concepts.reading.records import read_json_records
-from concepts.schema import YES_NO, ConceptDataset, Example, SceneObject, yes_or_no
+from concepts.scene_object import SceneObject
+from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import DataError
 
 _FOLDERS = ("", "VG_100K/", "VG_100K_2/")

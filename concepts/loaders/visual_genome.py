@@ -13,7 +13,8 @@ from concepts.reading.box_frames import annotated_size, box_numbers
 from concepts.reading.image_folder import ImageFolder
 from concepts.reading.json_stream import stream_list
 from concepts.reading.record import Record, as_record
-from concepts.schema import ConceptDataset, Example, SceneObject
+from concepts.scene_object import SceneObject
+from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import DataError
 
 _FOLDERS = ("", "VG_100K/", "VG_100K_2/")

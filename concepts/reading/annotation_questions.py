@@ -23,6 +23,7 @@ from types import MappingProxyType
 from concepts.concept import Level
 from concepts.image_files import FileImage
 from concepts.nouns import PresentNouns, canonical_noun, existence_question, is_the, number, singular
+from concepts.question import YES_NO, yes_or_no
 from concepts.reading.attribute_values import (
     ACTION_NAMES,
     ACTIONS,
@@ -31,7 +32,8 @@ from concepts.reading.attribute_values import (
     alternatives,
     attribute_kinds,
 )
-from concepts.schema import YES_NO, Example, SceneObject, yes_or_no
+from concepts.scene_object import SceneObject
+from concepts.schema import Example
 
 ATTRIBUTE_KINDS = (*EXCLUSIVE, *ANTONYMS)
 """Kinds of attributes other than ``color``."""

@@ -15,7 +15,7 @@ from concepts.image_files import FileImage, ImageHeader
 from concepts.outlines import Outline, place_outline
 from concepts.reading.record import Record
 from concepts.run_length_masks import RunLengthMask
-from concepts.schema import Box
+from concepts.scene_object import Box
 from groundscope.core.errors import DataError
 
 OVERSHOOT = 1.0

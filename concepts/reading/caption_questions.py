@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from concepts.concept import Level
-from concepts.schema import YES_NO, Example, ImageSource, yes_or_no
+from concepts.image_source import ImageSource
+from concepts.question import YES_NO, yes_or_no
+from concepts.schema import Example
 from groundscope.core.errors import ConfigError, DataError
 from groundscope.core.text import nearest
 

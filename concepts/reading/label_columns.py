@@ -7,8 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 from concepts.concept import LEVELS, Concept
+from concepts.label_names import is_label_name
 from concepts.reading.tables import NOT_AVAILABLE
-from concepts.schema import is_label_name
 from groundscope.core.errors import ConfigError, DataError
 from groundscope.core.text import format_count, nearest
 

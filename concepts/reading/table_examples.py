@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 from concepts.concept import LEVELS
 from concepts.image_files import BytesImage, FileImage
+from concepts.image_source import ImageSource, NoImage
 from concepts.nouns import asked_noun
+from concepts.question import YES_NO
 from concepts.reading.image_folder import ImageFolder
 from concepts.reading.label_columns import Label, label_names, parse_labels
 from concepts.reading.record import Record, abbreviate
-from concepts.schema import YES_NO, Box, Example, ImageSource, NoImage, SceneObject
+from concepts.scene_object import Box, SceneObject
+from concepts.schema import Example
 from groundscope.core.errors import ConfigError, DataError
 from groundscope.core.text import nearest
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from concepts.concept import Concept
 from concepts.nouns import article, existence_question
+from concepts.question import YES_NO, Question, yes_or_no
+from concepts.scene_object import SceneObject
 from concepts.scenes.distributions import TYPICAL
 from concepts.scenes.icons import COLORS, NOUNS
 from concepts.scenes.scene import RELATIONS, SIDE, Scene
-from concepts.schema import YES_NO, Example, Question, SceneObject, yes_or_no
+from concepts.schema import Example
 
 COLOR_ANSWERS = tuple(COLORS)
 THIRDS = {"column": ("left", "middle", "right"), "row": ("top", "middle", "bottom")}

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from concepts.scene_object import Box, SceneObject
 from concepts.scenes.distributions import UNIFORM, SceneDistribution
 from concepts.scenes.icons import icon
-from concepts.schema import Box, SceneObject
 from groundscope.core.errors import DataError
 from groundscope.core.text import nearest
 

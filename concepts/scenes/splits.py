@@ -25,12 +25,13 @@ from typing import TypeVar
 
 import numpy as np
 
+from concepts.question import Question
 from concepts.scenes import questions
 from concepts.scenes.distributions import BIASED, COLOR_NAMES, COMPANION, POPULAR, TYPICAL, UNIFORM
 from concepts.scenes.icons import NOUNS
 from concepts.scenes.questions import as_example
 from concepts.scenes.scene import TEST, Scene, generator, sample_scene
-from concepts.schema import ConceptDataset, Example, Question
+from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import ConfigError
 from groundscope.core.text import nearest
 

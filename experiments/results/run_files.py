@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from concepts.concept import LEVELS
+from concepts.image_source import NoImage
 from concepts.mention import Mention
 from concepts.outlines import outline_from_record
-from concepts.schema import Box, Example, NoImage, SceneObject
+from concepts.scene_object import Box, SceneObject
+from concepts.schema import Example
 from experiments.config import RunConfig
 from experiments.records import (
     CHANGES,

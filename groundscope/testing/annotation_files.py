@@ -15,7 +15,9 @@ from typing import Any
 
 from concepts import counterfactuals
 from concepts.outlines import outline_record
-from concepts.schema import YES_NO, ConceptDataset, Example, SceneObject
+from concepts.question import YES_NO
+from concepts.scene_object import SceneObject
+from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import ConfigError
 from groundscope.core.text import nearest
 from groundscope.testing.scene_photographs import save_as_photographs

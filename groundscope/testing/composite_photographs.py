@@ -16,9 +16,10 @@ from PIL import Image
 
 from concepts.image_files import BytesImage, FileImage
 from concepts.run_length_masks import RunLengthMask
+from concepts.scene_object import Box, SceneObject
 from concepts.scenes.icons import icon
 from concepts.scenes.scene import SIDE, Scene
-from concepts.schema import Box, ConceptDataset, SceneObject
+from concepts.schema import ConceptDataset
 from groundscope.core.errors import ConfigError
 
 PHOTOGRAPHS = (

@@ -34,8 +34,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from concepts.counterfactual_pair import CounterfactualPair
 from concepts.scenes.icons import NOUNS
-from concepts.schema import CounterfactualPair, Example
+from concepts.schema import Example
 from groundscope.core.errors import ConfigError
 from groundscope.testing.square_scenes import ANSWERS, GRID, PATCH, SIDE, Square, draw_example, make_example, usual
 from lvlm import wrap_lvlm

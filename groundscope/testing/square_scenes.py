@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from concepts.scene_object import Box, SceneObject
 from concepts.scenes.icons import NOUNS
 from concepts.scenes.scene import TEST, generator
-from concepts.schema import Box, Example, SceneObject
+from concepts.schema import Example
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from concepts.mention import Mention
-from concepts.schema import Box, Example
+from concepts.scene_object import Box
+from concepts.schema import Example
 from groundscope.core.errors import DataError, ModelError
 from groundscope.core.text import format_count
 from lvlm.encoding.continued_inputs import append_tokens

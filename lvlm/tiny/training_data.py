@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from concepts.question import Question
 from concepts.scenes import questions
 from concepts.scenes.distributions import COLOR_NAMES, TYPICAL, UNIFORM, SceneDistribution
 from concepts.scenes.icons import COLORS, NOUNS
 from concepts.scenes.scene import RELATIONS, TRAIN, Scene, generator, sample_scene
-from concepts.schema import Question
 from lvlm.tiny.architecture import BOS, EOS, GRID, IMAGE, PAD, PATCH, build_tokenizer
 
 LENGTH = 208

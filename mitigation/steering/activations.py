@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from circuits.execution.memory import batch_rows
-from concepts.schema import CounterfactualPair
+from concepts.counterfactual_pair import CounterfactualPair
 from groundscope.core.errors import ModelError, PatchError, SiteError
 from groundscope.core.progress import progress_bar
 from lvlm.sites import Head, Site

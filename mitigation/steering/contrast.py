@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from concepts.concept import Concept
-from concepts.schema import CounterfactualPair
+from concepts.counterfactual_pair import CounterfactualPair
 from groundscope.core.errors import PatchError
 from groundscope.core.text import format_count
 from mitigation.steering.activations import check_image_reaches, labels_of, read, run

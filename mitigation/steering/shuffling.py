@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from concepts.schema import CounterfactualPair
+from concepts.counterfactual_pair import CounterfactualPair
 from groundscope.core.errors import PatchError
 from groundscope.core.permutations import LEAST_MOVABLE, exchange_groups, movable_groups
 from groundscope.core.text import format_count

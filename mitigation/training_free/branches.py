@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from concepts.schema import Example, ImageSource
+from concepts.image_source import ImageSource
+from concepts.schema import Example
 from groundscope.core.errors import DataError, ModelError
 from lvlm.decoding.decoder import Branch, Prompts
 from lvlm.encoding.encode import runs_without_image

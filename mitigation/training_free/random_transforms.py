@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageEnhance
 
-from concepts.schema import ImageSource
+from concepts.image_source import ImageSource
 
 Kind = Literal["horizontal flip", "vertical flip", "rotation", "color jitter", "gaussian blur", "crop"]
 KINDS: tuple[Kind, ...] = ("horizontal flip", "vertical flip", "rotation", "color jitter", "gaussian blur", "crop")

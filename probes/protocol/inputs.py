@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from concepts.schema import is_label_name
+from concepts.label_names import is_label_name
 from groundscope.core.errors import ProbeError, SiteError
 from groundscope.core.text import format_count, nearest
 from lvlm.sites import parse_component

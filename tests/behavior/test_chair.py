@@ -13,7 +13,7 @@ from behavior.chair import COCO_PHRASES, read_synonyms, score_captions
 from behavior.parsing import PARSERS
 from behavior.result import Cost
 from concepts import ConceptDataset, Example, SceneObject, scenes
-from concepts.schema import Box
+from concepts.scene_object import Box
 from groundscope.core.errors import ConfigError, DataError
 
 

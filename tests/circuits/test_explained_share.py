@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from circuits import Graph, attribution
-from concepts.schema import CounterfactualPair
+from concepts.counterfactual_pair import CounterfactualPair
 from lvlm import Lvlm
 from tests.toys.families import model
 from tests.toys.patching_oracle import pair_of

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from circuits import attribution, patch_heads
-from concepts.schema import CounterfactualPair, Example
+from concepts.counterfactual_pair import CounterfactualPair
+from concepts.schema import Example
 from groundscope.core.errors import ConfigError, ModelError, PatchError, SiteError
 from lvlm.model import Lvlm
 from tests.toys.random_models import hooks_of, layers_of, pairs, random_model, shared_model

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from circuits import attention_to_image
-from concepts.schema import Box, Example
+from concepts.scene_object import Box
+from concepts.schema import Example
 from groundscope.core.errors import DataError, ModelError, SiteError
 from lvlm import Head
 from lvlm.model import Lvlm

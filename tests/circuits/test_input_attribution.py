@@ -18,9 +18,10 @@ from circuits.input_attribution import shapley
 from circuits.input_attribution.attribute import split
 from concepts.counterfactuals import EditedImage
 from concepts.region_masking import RegionMaskedImage, region_of_pixels
+from concepts.scene_object import Box
 from concepts.scenes import questions
 from concepts.scenes.scene import TEST, generator, sample_scene
-from concepts.schema import Box, Example
+from concepts.schema import Example
 from groundscope.core.errors import ConfigError, PatchError, StoreError
 from lvlm.model import Lvlm
 from tests.toys.random_models import shared_model

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from circuits import Add, Amplify, Intervention, Replace, Zero, intervened
 from circuits.patching.metrics import logit_difference, pair_key, probability
-from concepts.schema import CounterfactualPair
+from concepts.counterfactual_pair import CounterfactualPair
 from groundscope.core.errors import PatchError, SiteError
 from lvlm import Site, answer_key
 from lvlm.model import Batch, Lvlm

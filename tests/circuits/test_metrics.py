@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from circuits import HeadScores, attribution, metrics, patch, patch_heads, patch_paths
-from concepts.schema import CounterfactualPair
+from concepts.counterfactual_pair import CounterfactualPair
 from groundscope.core.errors import ConfigError, PatchError
 from lvlm.model import Lvlm
 from tests.toys.random_models import pairs, shared_model

@@ -11,7 +11,8 @@ import torch
 from circuits import patch_heads
 from circuits.execution.prefix_attention import Prefix, SharedAttention
 from circuits.patching.activation import pairs_digest
-from concepts.schema import CounterfactualPair, Example
+from concepts.counterfactual_pair import CounterfactualPair
+from concepts.schema import Example
 from groundscope.core.errors import ConfigError, PatchError
 from lvlm.model import Lvlm
 from tests.toys.random_models import hooks_of, layers_of, pairs, random_model, shared_model

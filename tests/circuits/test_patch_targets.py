@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from circuits import HeadSet, PatchScores, patch, patch_heads
-from concepts.schema import CounterfactualPair, Example
+from concepts.counterfactual_pair import CounterfactualPair
+from concepts.schema import Example
 from groundscope.core.errors import ConfigError, PatchError, SiteError
 from lvlm import Head, Lvlm
 from tests.toys.families import WHERE, at, model

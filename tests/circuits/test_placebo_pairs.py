@@ -11,7 +11,8 @@ import torch
 
 from circuits import OUTCOMES, PairOutcomes, attribution, pair_outcomes, patch, patch_heads
 from concepts import counterfactuals, scenes
-from concepts.schema import ConceptDataset, CounterfactualPair
+from concepts.counterfactual_pair import CounterfactualPair
+from concepts.schema import ConceptDataset
 from groundscope.core.errors import ConfigError, PatchError
 from lvlm import load_lvlm
 from lvlm.model import Lvlm

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from circuits import attribution
-from concepts.schema import CounterfactualPair, Example
+from concepts.counterfactual_pair import CounterfactualPair
+from concepts.schema import Example
 from groundscope.core.errors import ConfigError, SiteError
 from lvlm import Lvlm, wrap_lvlm
 from tests.toys.families import build

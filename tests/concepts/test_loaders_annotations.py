@@ -12,7 +12,7 @@ from PIL import Image
 
 from concepts import ConceptDataset, loaders
 from concepts.reading.annotation_questions import COLORS
-from concepts.schema import Box
+from concepts.scene_object import Box
 from groundscope.core.errors import ConfigError, DataError
 
 COCO: dict[str, Any] = {

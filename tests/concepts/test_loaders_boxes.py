@@ -15,7 +15,8 @@ from PIL import Image
 from concepts import ConceptDataset, counterfactuals, loaders
 from concepts.image_files import FileImage
 from concepts.reading.box_frames import EMPTY, OUTSIDE, UNKNOWN_FRAME, BoxFrame
-from concepts.schema import Box, Example, SceneObject
+from concepts.scene_object import Box, SceneObject
+from concepts.schema import Example
 from groundscope.core.errors import DataError
 
 WIDE, HIGH = 120, 60

@@ -19,7 +19,7 @@ from concepts.counterfactuals.photographs.mirror import mirror_objects
 from concepts.counterfactuals.photographs.recolor import RecoloredImage
 from concepts.counterfactuals.photographs.regions import region_mask
 from concepts.outlines import outline_from_record, outline_record
-from concepts.schema import Box, SceneObject
+from concepts.scene_object import Box, SceneObject
 from experiments.records import EXAMPLE, problem
 from groundscope.core.errors import DataError
 from groundscope.testing.annotation_files import write_annotations

@@ -20,7 +20,9 @@ from concepts.counterfactuals.photographs.mirror import mirror_box
 from concepts.counterfactuals.photographs.recolor import RecoloredImage
 from concepts.counterfactuals.photographs.regions import region_mask
 from concepts.image_files import FileImage
-from concepts.schema import Box, ConceptDataset, Example, NoImage, SceneObject
+from concepts.image_source import NoImage
+from concepts.scene_object import Box, SceneObject
+from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import ConfigError, DataError
 from groundscope.testing.scene_photographs import save_as_photographs
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from concepts import BytesImage, ConceptDataset, FileImage, SceneObject, loaders
-from concepts.schema import Box
+from concepts.scene_object import Box
 from groundscope.core.errors import ConfigError, DataError
 
 ROWS: list[dict[str, Any]] = [

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 from scipy.stats import binomtest, chisquare
 
-from concepts.schema import CounterfactualPair, Example
+from concepts.counterfactual_pair import CounterfactualPair
+from concepts.schema import Example
 from groundscope.core.errors import PatchError, ProbeError
 from groundscope.core.permutations import exchange_groups, movable_groups
 from mitigation.steering.shuffling import shuffle_mask, swap_sides

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from activation_store.tracing.example_table import build_row
-from concepts.schema import Box, SceneObject
+from concepts.scene_object import Box, SceneObject
 from groundscope.core.errors import DataError, ModelError
 from lvlm import Lvlm, wrap_lvlm
 from tests.toys.examples import Picture, example

@@ -12,7 +12,8 @@ from PIL import Image
 
 from activation_store import trace
 from concepts import BytesImage, ConceptDataset, Example, NoImage
-from concepts.schema import Box, ImageSource, SceneObject
+from concepts.image_source import ImageSource
+from concepts.scene_object import Box, SceneObject
 from groundscope.core.errors import DataError, ModelError
 from lvlm import Lvlm
 from lvlm.encoding.encode import runs_without_image

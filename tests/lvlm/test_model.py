@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from concepts import scenes
+from concepts.scene_object import Box
 from concepts.scenes.questions import as_example, existence, what_color
 from concepts.scenes.scene import TEST, generator, sample_scene
-from concepts.schema import Box, Example
+from concepts.schema import Example
 from groundscope.core.errors import DataError, ModelError, SiteError
 from lvlm import Head, Lvlm, PatchGrid, Site, TokenSelection, answer_key, families, load_lvlm, wrap_lvlm
 from lvlm.family.specification import StackSpec

@@ -27,7 +27,7 @@ from circuits import (
     patch_paths,
 )
 from concepts import ConceptDataset, counterfactuals, scenes
-from concepts.schema import CounterfactualPair
+from concepts.counterfactual_pair import CounterfactualPair
 from lvlm import Head, Lvlm
 from lvlm.access.weights import columns, matrix_of, quantized
 from lvlm.spec_validation import validate

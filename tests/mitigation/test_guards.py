@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from behavior import Answer, BehaviorResult, Cost
-from concepts.schema import ConceptDataset, Example, SceneObject
+from concepts.scene_object import SceneObject
+from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import ConfigError
 from mitigation import AddChange, Guard, SteeringVector, guards
 from mitigation.guard import (

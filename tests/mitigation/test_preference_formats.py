@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from concepts import FileImage
-from concepts.schema import NoImage
+from concepts.image_source import NoImage
 from groundscope.core.errors import ConfigError, DataError
 from mitigation import PreferenceData, PreferenceFormat, preference_formats, read_preferences, write_preferences
 from mitigation.preference.formats.ha_dpo_descriptions import PROMPTS

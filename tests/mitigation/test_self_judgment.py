@@ -13,7 +13,7 @@ from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
 import groundscope as gs
-from concepts.schema import NoImage
+from concepts.image_source import NoImage
 from groundscope.core.errors import ConfigError, DataError, ModelError
 from lvlm import Lvlm
 from lvlm.decoding.shared_prefix import logits_after_each, shares_prefixes

@@ -13,7 +13,8 @@ import transformers as hf
 from torch import Tensor, nn
 
 from circuits.results.graph import Graph, Shape
-from concepts.schema import CounterfactualPair, Example
+from concepts.counterfactual_pair import CounterfactualPair
+from concepts.schema import Example
 from lvlm import FamilySpec, Lvlm, wrap_lvlm
 from lvlm.family.specification import StackSpec
 from tests.toys.families import at, build

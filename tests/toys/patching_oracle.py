@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from concepts.schema import CounterfactualPair
+from concepts.counterfactual_pair import CounterfactualPair
 from lvlm import Lvlm
 from tests.toys.examples import example
 from tests.toys.families import WHERE, at

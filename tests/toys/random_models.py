@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from concepts.counterfactual_pair import CounterfactualPair
 from concepts.counterfactuals import pairs as counterfactual_pairs
 from concepts.scenes import questions
 from concepts.scenes.scene import TEST, generator, sample_scene
-from concepts.schema import ConceptDataset, CounterfactualPair, Example
+from concepts.schema import ConceptDataset, Example
 from lvlm import wrap_lvlm
 from lvlm.model import Lvlm
 from lvlm.tiny.architecture import build_model, build_processor

@@ -13,8 +13,10 @@ from dataclasses import dataclass, replace
 
 from PIL import Image
 
+from concepts.image_source import ImageSource
 from concepts.outlines import place_outline
-from concepts.schema import Box, ConceptDataset, Example, ImageSource, SceneObject
+from concepts.scene_object import Box, SceneObject
+from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import ConfigError
 
 

@@ -14,10 +14,13 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 from PIL import Image
 
+from concepts.counterfactual_pair import CounterfactualPair
 from concepts.counterfactuals.photographs.regions import region_mask, share_covered
+from concepts.image_source import ImageSource
 from concepts.nouns import broader_nouns, canonical_noun
 from concepts.outlines import Outline, outline_record, place_outline
-from concepts.schema import Box, ConceptDataset, CounterfactualPair, Example, ImageSource, SceneObject
+from concepts.scene_object import Box, SceneObject
+from concepts.schema import ConceptDataset, Example
 
 MARGIN = 3
 """Pixels by which the region of the object is dilated: edges of objects are blurred."""

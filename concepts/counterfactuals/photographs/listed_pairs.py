@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
+from concepts.counterfactual_pair import CounterfactualPair
 from concepts.counterfactuals.photographs.swap import pair_kind
-from concepts.schema import ConceptDataset, CounterfactualPair
+from concepts.schema import ConceptDataset
 
 
 def listed_pairs(data: ConceptDataset, left_out: Counter[str], kind: str) -> Iterator[CounterfactualPair]:

@@ -10,10 +10,13 @@ from dataclasses import dataclass, replace
 
 from PIL import Image, ImageOps
 
+from concepts.counterfactual_pair import CounterfactualPair
 from concepts.image_files import FileImage
+from concepts.image_source import ImageSource
 from concepts.nouns import singular
 from concepts.outlines import mirror_outline
-from concepts.schema import Box, ConceptDataset, CounterfactualPair, Example, ImageSource, SceneObject
+from concepts.scene_object import Box, SceneObject
+from concepts.schema import ConceptDataset, Example
 
 NOT_SYMMETRIC = frozenset(
     word.strip()

@@ -12,9 +12,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 
+from concepts.counterfactual_pair import CounterfactualPair
 from concepts.image_files import FileImage
 from concepts.nouns import asked_noun, canonical_noun, is_the
-from concepts.schema import ConceptDataset, CounterfactualPair, Example, SceneObject
+from concepts.scene_object import SceneObject
+from concepts.schema import ConceptDataset, Example
 
 MAX_PARTNERS = 200
 """Photographs that are compared for one question, in the order of the dataset."""

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from concepts.image_files import FileImage, open_image
+from concepts.image_source import ImageSource
 from concepts.reading.image_folder import ImageFolder
 from concepts.reading.text_files import sha256
-from concepts.schema import ImageSource
 from groundscope.core import artifacts
 from groundscope.core.errors import DataError
 from groundscope.core.paths import below

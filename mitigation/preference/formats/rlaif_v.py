@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from concepts.image_files import BytesImage
+from concepts.image_source import ImageSource
 from concepts.reading.image_folder import ImageFolder
 from concepts.reading.record import Record
 from concepts.reading.text_files import readable
-from concepts.schema import ImageSource
 from groundscope.core.errors import DataError
 from groundscope.core.files import whole
 from mitigation.preference.data import PreferenceData

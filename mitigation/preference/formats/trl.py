@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from concepts.image_source import ImageSource
 from concepts.reading.image_folder import ImageFolder
 from concepts.reading.record import Record, abbreviate, as_record
 from concepts.reading.records import read_json_records
-from concepts.schema import ImageSource
 from groundscope.core import artifacts
 from groundscope.core.errors import DataError
 from mitigation.preference.data import PreferenceData

@@ -20,7 +20,8 @@ from mitigation.training_free.methods.vcd import VCD
 from mitigation.training_free.seeds import generator_of, torch_generator_of
 
 if TYPE_CHECKING:
-    from concepts.schema import Example, ImageSource
+    from concepts.image_source import ImageSource
+    from concepts.schema import Example
     from lvlm.decoding.decoder import Decoder
     from lvlm.encoding.encode import Batch
     from lvlm.model import Lvlm

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 from torch import Tensor
 
-from concepts.schema import YES_NO, ConceptDataset
+from concepts.question import YES_NO
+from concepts.schema import ConceptDataset
 from groundscope.core.errors import ConfigError, DataError
 from lvlm.answer_keys import answer_key
 from lvlm.decoding.decoder import Step

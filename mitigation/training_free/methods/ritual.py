@@ -19,7 +19,8 @@ from mitigation.training_free.random_transforms import KINDS, Kind, TransformedI
 from mitigation.training_free.seeds import generator_of
 
 if TYPE_CHECKING:
-    from concepts.schema import Example, ImageSource
+    from concepts.image_source import ImageSource
+    from concepts.schema import Example
     from lvlm.encoding.encode import Batch
     from lvlm.model import Lvlm
 
