@@ -9,7 +9,8 @@ from functools import cached_property
 
 from concepts.nouns import PresentNouns, asked_noun, canonical_noun
 from concepts.reading.annotation_questions import SPELLINGS, relation_name
-from concepts.schema import ConceptDataset, Example, SceneObject
+from concepts.scene_object import SceneObject
+from concepts.schema import ConceptDataset, Example
 
 
 @dataclass(frozen=True)

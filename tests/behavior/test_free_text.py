@@ -12,7 +12,7 @@ from sklearn.metrics import cohen_kappa_score
 
 import groundscope as gs
 from behavior.free_text.markup import description_html
-from concepts.schema import Box, SceneObject
+from concepts.scene_object import Box, SceneObject
 from groundscope.core.errors import DataError
 
 SENTENCES = Path(__file__).resolve().parents[1] / "toys" / "free_text" / "sentences.jsonl"
