@@ -21,6 +21,8 @@ Benchmarks:
     AMBER: does the model deny false claims?
 `chair`, `chair_release`
     CHAIR: objects that captions name but the image does not contain.
+`benchmarks`
+    Benchmarks in their released files: questions, answer files and verdicts, scored by the released rules.
 `judge_files`
     Benchmarks with a judge model: requests for the judge, and scores of its verdicts.
 
@@ -38,7 +40,8 @@ Analysis:
 `taxonomy`
     Wrong answers by level and kind: frequency, severity and harm.
 
-Of the public names, `amber`, `judge_files`, `metrics`, `mme` and `taxonomy` are modules; `chair` and `pope` are functions.
+Of the public names, `amber`, `benchmarks`, `judge_files`, `metrics`, `mme` and `taxonomy` are modules; `chair` and `pope` are
+functions.
 """
 
 import lazy_loader

@@ -1,6 +1,6 @@
 """Public names of `behavior`, each with its module."""
 
-from . import amber, judge_files, metrics, mme, taxonomy
+from . import amber, benchmarks, judge_files, metrics, mme, taxonomy
 from .answer_files import load_answers
 from .answering import answer, answer_each
 from .benchmark_table import BenchmarkRow, BenchmarkTable, benchmark_table
@@ -47,6 +47,7 @@ __all__ = [
     "answer",
     "answer_each",
     "benchmark_table",
+    "benchmarks",
     "bleu",
     "chair",
     "compare",

@@ -95,7 +95,7 @@ def table(
     check_counts(limit=limit)
     path = Path(file)
     pictures = Pictures(ImageFolder(path.parent if images is None else Path(images)))
-    records = _read(path)
+    records = read_rows(path)
     options = {"classes": _names(classes), "ignore": _names(ignore)}
     examples, labeled = make_examples(islice(records, limit), pictures, **options)
     if not examples:
@@ -119,7 +119,14 @@ def _names(value: Sequence[str] | str) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value)
 
 
-def _read(path: Path) -> Iterator[Record]:
+def read_rows(path: Path) -> Iterator[Record]:
+    """Yield the rows of a table with a header row, JSON lines, one JSON array, or a Parquet file.
+
+    Raises
+    ------
+    DataError
+        As `concepts.reading.records.read_records`; for Parquet without pyarrow, and for a damaged file.
+    """
     return _read_parquet(path) if path.suffix.lower() == ".parquet" else read_records(path)
 
 

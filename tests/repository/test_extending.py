@@ -65,6 +65,10 @@ at_heads = gs.derive.mean_difference(contrast, heads=[Head(2, 1)], positions="al
 with pytest.raises(ConfigError, match="export it as .*formats_for"):
     gs.exports["rows"].write(at_heads, "rows.npy", model)
 """,
+    "A benchmark": """
+assert (score.figures["accuracy"].value, score.missing, score.tasks) == (1.0, 1, {"2": "yes/no"})
+assert score.answers.answers[0].level == "attribute"
+""",
     "A family": """
 assert model.spec.notes == "features of several vision layers" and (model.n_layers, model.n_heads) == (6, 8)
 """,

@@ -22,6 +22,7 @@ from dataclasses import replace
 
 from sklearn.svm import LinearSVC
 
+from behavior.benchmarks import BENCHMARKS, Reading
 from behavior.metrics import BehaviorMetric
 from concepts import ConceptDataset, CounterfactualPair, Example
 from concepts.image_files import FileImage
@@ -60,6 +61,11 @@ amplify_more = MitigationMethod(lambda data: derive.amplification(blank_contrast
 tags_section = Section("Tags", lambda run: html.section("tags", "Tags", html.paragraph(f"{len(run.examples)} tags")))
 yes_ratio = BehaviorMetric(lambda a: set(a.candidates) == {"yes", "no"}, lambda a: a.given == "yes")
 svm = LinearSVC(C=0.01)
+tags_benchmark = replace(BENCHMARKS["r_bench"], title="Tags")
+
+
+def read_tagged(record, layout):
+    return Reading(str(record.values["tag"]), record.values["said"]) if "tag" in record.values else None
 
 
 def spread(logits, pair):
@@ -69,6 +75,8 @@ ENTRIES = {
     "groundscope.loaders": ("tags", "load_tags"),
     "groundscope.pairs": ("swap", "swap_images"),
     "groundscope.behavior_metrics": ("says yes", "yes_ratio"),
+    "groundscope.benchmarks": ("tags", "tags_benchmark"),
+    "groundscope.answer_formats": ("tagged", "read_tagged"),
     "groundscope.metrics": ("spread", "spread"),
     "groundscope.estimators": ("svm", "svm"),
     "groundscope.mitigations": ("amplify_more", "amplify_more"),
@@ -101,6 +109,12 @@ assert gs.wrap_lvlm(own.hf, own.processor).prompt("Red?") == "Human: <image>Red?
 assert gs.families.origins == {"my_llava": "good-plugin 1.2"}
 scores = gs.patch_heads(model, pairs, metric="spread", progress=False)
 assert (scores.metric, scores.provenance["metric_package"]) == ("spread", "good-plugin 1.2")
+
+benchmarks = gs.behavior.benchmarks
+Path("q.json").write_text('[{"question_id": 1, "image": "a.png", "text": "Is it?", "label": "no"}]')
+Path("a.jsonl").write_text('{"tag": 1, "said": "No."}')
+score = benchmarks.score_files("tags", "a.jsonl", files={"questions": "q.json"})
+assert score.figures["accuracy"].value == 1 and benchmarks.BENCHMARKS.origins == {"tags": "good-plugin 1.2"}
 
 from experiments.report import SECTIONS
 
@@ -139,6 +153,8 @@ TABLES = {
     "groundscope.loaders": gs.loaders.LOADERS,
     "groundscope.pairs": gs.counterfactuals.KINDS,
     "groundscope.behavior_metrics": gs.behavior.metrics.METRICS,
+    "groundscope.benchmarks": gs.behavior.benchmarks.BENCHMARKS,
+    "groundscope.answer_formats": gs.behavior.benchmarks.ANSWER_FORMATS,
     "groundscope.metrics": gs.circuits.metrics,
     "groundscope.estimators": gs.probes.estimators,
     "groundscope.mitigations": gs.mitigations,

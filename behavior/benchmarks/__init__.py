@@ -1,0 +1,38 @@
+"""Benchmarks in their released files: questions, answer files and verdict files read as they are, scored by the released rule.
+
+One module for each benchmark, whose docstring lists what its release does and the variants; `BENCHMARKS` is open
+(`register`, entry points of group ``groundscope.benchmarks``), and so are the formats of answer files
+(`ANSWER_FORMATS`, group ``groundscope.answer_formats``).
+
+`score_files`
+    Score an answer file; no model is needed.
+`questions`
+    Read a benchmark's questions.
+`write_requests`
+    Write answers for a benchmark's judge; its verdicts come back by ``score_files(…, verdicts=FILE)``.
+"""
+
+from behavior.benchmarks.answer_formats import ANSWER_FORMATS, AnswerFormat, Reading
+from behavior.benchmarks.registry import BENCHMARKS, register
+from behavior.benchmarks.rows import TASKS, AnsweredQuestion, BenchmarkQuestion, BenchmarkScore
+from behavior.benchmarks.scoring import questions, score_files, write_requests
+from behavior.benchmarks.specification import AnswerLayout, Benchmark, Judge, Scoring
+
+__all__ = [
+    "ANSWER_FORMATS",
+    "BENCHMARKS",
+    "TASKS",
+    "AnswerFormat",
+    "AnswerLayout",
+    "AnsweredQuestion",
+    "Benchmark",
+    "BenchmarkQuestion",
+    "BenchmarkScore",
+    "Judge",
+    "Reading",
+    "Scoring",
+    "questions",
+    "register",
+    "score_files",
+    "write_requests",
+]

@@ -1,0 +1,138 @@
+"""CHAIR on COCO captions: an adapter to `behavior.chair` (Rohrbach et al. 2018, arXiv 1809.02156).
+
+Captions are records ``image_id, caption``; the true objects are those of the instances, and of the human captions
+where that file is given, as in the release. Figures comparable with published ones need both files and the release's
+``synonyms.txt``. Only images with a caption count; an image that the instances do not have is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from behavior.benchmarks import records
+from behavior.benchmarks.figures import score_of
+from behavior.benchmarks.rows import AnsweredQuestion, BenchmarkQuestion, BenchmarkScore
+from behavior.benchmarks.specification import QUESTIONS, AnswerLayout, Benchmark, Scoring
+from behavior.chair import COCO_CATEGORIES, COCO_PHRASES, COCO_SYNONYMS, read_synonyms, score_captions
+from behavior.result import BehaviorResult, Cost
+from concepts.image_source import NoImage
+from concepts.reading.json_stream import stream
+from concepts.reading.record import Record
+from concepts.scene_object import SceneObject
+from concepts.schema import ConceptDataset, Example
+from groundscope.core.errors import DataError
+
+CAPTIONS, SYNONYMS = "captions", "synonyms"
+_TEXTS = ("caption", "text")
+
+
+def _read_answers(path: Path, files: Mapping[str, Path]) -> list[AnsweredQuestion]:
+    rows = records.read_answered(path, _image, _TEXTS)
+    wanted = {r.question.id for r in rows}
+    objects = _objects(files[QUESTIONS], wanted)
+    captions = _captions(files[CAPTIONS], wanted) if CAPTIONS in files else {}
+    result = []
+    for row in rows:
+        number = row.question.id
+        if number not in objects:
+            msg = f"{row.where}: image '{number}' is not in '{files[QUESTIONS]}'"
+            raise DataError(msg)
+        question = BenchmarkQuestion(
+            number, number, "", "\n".join(captions.get(number, ())), "caption", level="object", kind="caption",
+            fields={"objects": tuple(objects[number])}, where=row.where,
+        )  # fmt: skip
+        result.append(AnsweredQuestion(question, row.text, row.where))
+    return result
+
+
+def _image(_: int, record: Record) -> BenchmarkQuestion:
+    number = record.identifier("image_id")
+    return BenchmarkQuestion(number, number, "", "", "caption", where=record.where)
+
+
+def _objects(path: Path, wanted: set[str]) -> dict[str, list[str]]:
+    """Return the categories of each wanted image."""
+    names: dict[str, str] = {}
+    found: dict[str, list[str]] = {}
+    categories: dict[str, list[str]] = {}
+    for entry in stream(path):
+        if entry.key == "images":
+            number = entry.record().identifier("id")
+            if number in wanted:
+                found[number] = []
+        elif entry.key == "categories":
+            names[entry.record().identifier("id")] = entry.record().text("name")
+        elif entry.key == "annotations":
+            record = entry.record()
+            number = record.identifier("image_id")
+            if number in wanted:
+                categories.setdefault(number, []).append(record.identifier("category_id"))
+    for number, ids in categories.items():
+        unknown = next((i for i in ids if i not in names), None)
+        if unknown is not None or number not in found:
+            what = f"category {unknown}" if unknown is not None else f"image {number}"
+            msg = f"{path}: an annotation is of {what}, which the file does not have"
+            raise DataError(msg)
+        found[number] = list(dict.fromkeys(names[i] for i in ids))
+    return found
+
+
+def _captions(path: Path, wanted: set[str]) -> dict[str, list[str]]:
+    captions: dict[str, list[str]] = {}
+    for entry in stream(path):
+        if entry.key == "annotations":
+            record = entry.record()
+            if record.identifier("image_id") in wanted:
+                captions.setdefault(record.identifier("image_id"), []).append(" ".join(record.text("caption").split()))
+    return captions
+
+
+def _no_questions(_: Mapping[str, Path]) -> list[BenchmarkQuestion]:
+    msg = "CHAIR scores the images that have captions; give the captions as answers"
+    raise DataError(msg)
+
+
+def _score(scoring: Scoring) -> BenchmarkScore:
+    synonyms = read_synonyms(scoring.files[SYNONYMS]) if SYNONYMS in scoring.files else COCO_SYNONYMS
+    rows = scoring.rows
+    examples = tuple(
+        Example(
+            r.question.id, NoImage(), "Describe the image.", r.question.answer, (), "object", "caption", "caption", r.question.id,
+            objects=tuple(SceneObject(str(i), noun, None) for i, noun in enumerate(r.question.fields["objects"])),
+        )
+        for r in rows
+    )  # fmt: skip
+    texts = tuple(r.row(None, correct=None) for r in rows)
+    scores = score_captions(
+        BehaviorResult(texts, Cost(None, None, len(texts))),
+        ConceptDataset("captions", examples),
+        synonyms,
+        vocabulary=COCO_CATEGORIES,
+        phrases=COCO_PHRASES,
+        variant=scoring.variant,
+    )
+    wrong = {c.id: bool(c.hallucinated) for c in scores.captions}
+    answers = [r.row(None, correct=not wrong[r.question.id]) for r in rows]
+    notes = [] if CAPTIONS in scoring.files else ["true objects are those of the instances alone"]
+    figures = {"chair_i": scores.chair_i, "chair_s": scores.chair_s, "recall": scores.recall}
+    return score_of("chair", scoring, answers, figures, notes=notes)
+
+
+CHAIR = Benchmark(
+    "CHAIR",
+    "Rohrbach et al. 2018, arXiv 1809.02156; LisaAnne/Hallucination",
+    ("caption",),
+    ("object",),
+    {
+        QUESTIONS: "instances_val2014.json: images, annotations, categories",
+        CAPTIONS: "captions_val2014.json, whose objects count as true too",
+        SYNONYMS: "synonyms.txt of the release; without it, behavior.chair.COCO_SYNONYMS",
+    },
+    _no_questions,
+    _score,
+    AnswerLayout(_TEXTS, ids=("image_id",)),
+    variants={"release": "parsed and counted as the released scorer", "paper": "an object counts once per caption"},
+    optional=(CAPTIONS, SYNONYMS),
+    read_answers=_read_answers,
+)
