@@ -42,9 +42,12 @@ from experiments.config import SteerConfig
 from experiments.stages.steer import CAPTIONS, CAUTION
 from lvlm import load_lvlm
 from mitigation import SteeringVector, derive
-from mitigation.guard import Outcome, TextProbe, guard_limits, joined, measure_guards
+from mitigation.guard import guard_limits
+from mitigation.guard_loss import measure_guards
+from mitigation.outcome import Outcome, combine_outcomes
 from mitigation.published_methods import preserved
 from mitigation.strength import PRIOR_ERRORS, answer_under, choose_guarded, sweep_strengths
+from mitigation.text_probe import TextProbe
 
 STRENGTHS = tuple(SteerConfig().exportable_strengths)
 SHORT = {"wrong_by_prior": PRIOR_ERRORS[0], "false_yes": PRIOR_ERRORS[1]}
@@ -98,8 +101,8 @@ def run_seed(seed: int, images: int, test_images: int, captions: int) -> dict[st
     data = scenes.dataset(test_images, seed=1000 + seed).filter(lambda e: bool(e.candidates))
     results = answer_under(model, data, vectors, progress=False)
     probe = TextProbe.of(model, scenes.dataset(captions, seed=2000 + seed), captions=captions)
-    before = joined(Outcome(data, results["before"]), probe.outcome(model, None))
-    after = joined(Outcome(data, results["vector"]), probe.outcome(model, vector))
+    before = combine_outcomes(Outcome(data, results["before"]), probe.outcome(model, None))
+    after = combine_outcomes(Outcome(data, results["vector"]), probe.outcome(model, vector))
     measured = measure_guards(before, after)
     errors = {run: {n: _rate(result, n) for n in PRIOR_ERRORS} for run, result in results.items()}
     return {

@@ -7,9 +7,11 @@ from .arena.run import ArenaOptions, run_arena
 from .detectors.lure import lure_scores
 from .detectors.metatoken import classify_mentions, metatoken_features
 from .detectors.scores import MentionScores
-from .guard import Guard, GuardResult, Outcome, TextProbe, guard_limits, guards, measure_guards
+from .guard import Guard, guard_limits, guards
+from .guard_loss import GuardResult, measure_guards
 from .method_data import DerivationData
 from .methods import CONTROLS, MitigationMethod, mitigations
+from .outcome import Outcome
 from .preference import (
     Adapter,
     PreferenceData,
@@ -37,6 +39,7 @@ from .steering.controls import match_displacement, move_to_heads
 from .steering.export import Capability, Export, exports
 from .steering.vector import SteeringVector, combine
 from .strength import answer_under, choose_guarded, choose_strength, sweep_strengths
+from .text_probe import TextProbe
 from .training_free.composition import compose
 from .training_free.method import TrainingFree
 from .training_free.methods.augment import augment

@@ -13,8 +13,11 @@ from concepts.schema import ConceptDataset
 from groundscope.core.errors import ConfigError
 from groundscope.core.statistics import Estimate
 from lvlm import Lvlm, Sampling
-from mitigation.guard import ON_QUESTIONS, Outcome, TextProbe, excess, guard_limits, loss_errors, losses
+from mitigation.guard import ON_QUESTIONS, guard_limits
+from mitigation.guard_loss import excess, loss_errors, losses
+from mitigation.outcome import Outcome
 from mitigation.steering.vector import SteeringVector
+from mitigation.text_probe import TextProbe
 
 RULE = "the fewest errors by prior among the strengths at which no guard loses more than its limit"
 PRIOR_ERRORS = ("conflict: wrong by prior", "adversarial absent: says yes")
@@ -257,7 +260,7 @@ def choose_guarded(
     limits
         As for `sweep_strengths`.
     caution
-        Number of standard errors (`mitigation.guard.loss_errors`) that are added to losses on free text before they are
+        Number of standard errors (`mitigation.guard_loss.loss_errors`) that are added to losses on free text before they are
         compared with their limits. With 0, the strongest vector whose measured loss is within the limit is chosen, whose loss on
         other images is often larger. 1 suits a vector that acts on every token of a description.
     batch_size, progress
@@ -267,7 +270,7 @@ def choose_guarded(
     --------
     >>> import numpy as np
     >>> import groundscope as gs
-    >>> from mitigation.guard import TextProbe
+    >>> from mitigation.text_probe import TextProbe
     >>> from mitigation.strength import choose_guarded
     >>> model, data = gs.load_lvlm("tiny"), gs.scenes.dataset(10)
     >>> changes = {2: gs.AddChange(np.eye(model.width)[0])}

@@ -21,18 +21,11 @@ from experiments.stages.steer import EXPORTABLE, control_file
 from groundscope.core.errors import ConfigError
 from groundscope.core.text import format_count, nearest
 from mitigation import CONTROLS, SteeringVector
-from mitigation.guard import (
-    Outcome,
-    TextProbe,
-    caption_prompts,
-    guard_limits,
-    guards,
-    joined,
-    measure_guards,
-    not_measured,
-    plain_texts,
-)
+from mitigation.guard import guard_limits, guards
+from mitigation.guard_loss import measure_guards, not_measured
+from mitigation.outcome import Outcome, combine_outcomes
 from mitigation.strength import PRIOR_ERRORS, answer_under
+from mitigation.text_probe import TextProbe, caption_prompts, plain_texts
 
 if TYPE_CHECKING:
     from behavior import BehaviorResult
@@ -157,7 +150,8 @@ def _measure_guards(
     captions = ConceptDataset("no captions", ()) if any(e.kind == "caption" for e in data) else caption_prompts(data)
     probe = TextProbe(captions, plain_texts(model, data))
     outcomes = {
-        run: joined(Outcome(data, results[run]), probe.outcome(model, vectors[run])) for run in ("before", *corrected)
+        run: combine_outcomes(Outcome(data, results[run]), probe.outcome(model, vectors[run]))
+        for run in ("before", *corrected)
     }
     measured = {run: measure_guards(outcomes["before"], outcomes[run]) for run in corrected}
     record = {

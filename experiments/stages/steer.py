@@ -20,9 +20,10 @@ from groundscope.core.text import nearest
 from lvlm.model import Lvlm
 from lvlm.token_selection import STEERABLE, TokenSelection
 from mitigation import CONTROLS, DerivationData, MitigationMethod, SteeringVector, export, mitigations, sweep_strengths
-from mitigation.guard import TextProbe, guard_limits
+from mitigation.guard import guard_limits
 from mitigation.methods import make_vector
 from mitigation.strength import RULE, Row, choose_guarded, cost_measures
+from mitigation.text_probe import TextProbe
 
 EXPORTABLE = "exportable.safetensors"
 """File of the exportable vector."""

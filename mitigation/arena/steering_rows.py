@@ -10,10 +10,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from groundscope.core.errors import DataError
-from mitigation.guard import TextProbe, guard_limits
+from mitigation.guard import guard_limits
 from mitigation.methods import mitigations
 from mitigation.steering.vector import SteeringVector
 from mitigation.strength import choose_guarded, sweep_strengths
+from mitigation.text_probe import TextProbe
 
 if TYPE_CHECKING:
     from concepts.schema import ConceptDataset

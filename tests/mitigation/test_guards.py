@@ -13,18 +13,11 @@ from concepts.scene_object import SceneObject
 from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import ConfigError
 from mitigation import AddChange, Guard, SteeringVector, guards
-from mitigation.guard import (
-    Outcome,
-    TextProbe,
-    caption_prompts,
-    excess,
-    guard_limits,
-    loss_errors,
-    losses,
-    measure_guards,
-    not_measured,
-)
+from mitigation.guard import guard_limits
+from mitigation.guard_loss import excess, loss_errors, losses, measure_guards, not_measured
+from mitigation.outcome import Outcome
 from mitigation.strength import LOSS, choose_guarded, sweep_strengths
+from mitigation.text_probe import TextProbe, caption_prompts
 from tests.toys.random_models import examples, shared_model
 
 YES_NO = ("yes", "no")

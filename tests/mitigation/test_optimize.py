@@ -14,7 +14,7 @@ from concepts.schema import ConceptDataset
 from groundscope.core.errors import ConfigError, DataError, PatchError, SiteError
 from lvlm import answer_key, load_lvlm
 from mitigation import AddChange, SteeringVector, answer_under, derive
-from mitigation.guard import TextProbe, caption_prompts, plain_texts
+from mitigation.text_probe import TextProbe, caption_prompts, plain_texts
 from tests.toys.random_models import hooks_of, shared_model
 
 DATA = scenes.dataset(24, seed=5, splits=["conflict"])
