@@ -6,13 +6,14 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from torch import Tensor
 
 from behavior.matching import DEFAULT_MATCH, matches_answer
 from behavior.parsing import Parser, judge_text, parsers_of
+from behavior.question_batches import QuestionBatch, question_batches, sharing_conditions
 from behavior.repetition import repeat_sampled
 from behavior.result import Answer, BehaviorResult, Cost
 from behavior.text_scores import FIRST_TOKEN, candidate_tokens, check_score, score_texts
@@ -22,6 +23,7 @@ from groundscope.core.errors import ConfigError, DataError, ModelError
 from groundscope.core.progress import display
 from lvlm.active_interventions import intervention_record, mark_observer
 from lvlm.answer_keys import AnswerKey, answer_key, check_prefixes
+from lvlm.decoding.prefix_run import PrefixBatch
 from lvlm.model import Batch, Lvlm
 from lvlm.sampling import Sampling
 
@@ -54,6 +56,10 @@ def answer(
     not. With `score`, whole texts of candidates are compared, so that these may share their first token. After the prefix of an
     example (`Example.prefix`), the answer is what follows it: `Answer.text` does not repeat the prefix.
 
+    Questions about one image share one run of the image and of all tokens before the first that differs, where that is exact
+    (`lvlm.prefix_groups.unshared_because`); the provenance then has ``"prefixes": "shared"``, because the last bits of values can
+    differ from those of whole prompts.
+
     Parameters
     ----------
     model
@@ -79,7 +85,7 @@ def answer(
         Number of sampled answers to each question that is answered by generation. Those after the first have ids
         ``<id>#2``, ``<id>#3``, …; rates count all of them, and their intervals are clustered by image.
     batch_size
-        Number of examples of equal length per forward pass.
+        Number of questions per forward pass.
     progress
         Whether to show a progress bar; None shows it on a terminal.
 
@@ -188,50 +194,68 @@ def answer_each(
     generated = [i for i, e in enumerate(data) if generate or not e.candidates]
     rows: dict[str, dict[int, Answer]] = {name: {} for name in conditions}
 
-    def in_contexts(batch: Batch) -> Iterator[Tensor]:
-        for open_context in conditions.values():
-            with open_context():
-                yield model.answer_logits(batch)
+    sharing = sharing_conditions(model, data.examples, conditions)
+    shared: set[str] = set()
+
+    def batches(rows_of_kind: Sequence[int], names: Sequence[str], extra: int = 0) -> Iterator[QuestionBatch]:
+        """Yield the batches of some questions; their indices are those of the data."""
+        examples = [data.examples[i] for i in rows_of_kind]
+        for batch in question_batches(model, examples, batch_size, list(conditions), names, extra):
+            if isinstance(batch.prompts, PrefixBatch):
+                shared.update(batch.conditions)
+            yield replace(batch, index=tuple(rows_of_kind[i] for i in batch.index))
+
+    def in_contexts(batch: QuestionBatch) -> Iterator[Tensor]:
+        for name in batch.conditions:
+            with conditions[name]():
+                yield model.answer_logits(batch.prompts)
 
     start = time.perf_counter()
     with _count_forwards(model) as forwards, display(show=progress) as bar:
         bar.add_task("answering", total=len(data))
 
-        def read(batch: Batch, logits_per_condition: Sequence[Tensor]) -> None:
-            examples = [e.example for e in batch.encodings]
-            for name, scores in zip(conditions, logits_per_condition, strict=True):
-                answers = _choose(model, examples, scores)
-                rows[name].update(zip((scored[i] for i in batch.index), answers, strict=True))
-            bar.advance(bar.task_ids[0], len(examples))
+        def advance(batch: QuestionBatch) -> None:
+            bar.advance(bar.task_ids[0], len(batch.index) * len(batch.conditions) / len(conditions))
+
+        def read(batch: QuestionBatch, logits_per_condition: Sequence[Tensor]) -> None:
+            examples = [e.example for e in batch.prompts.encodings]
+            for name, scores in zip(batch.conditions, logits_per_condition, strict=True):
+                rows[name].update(zip(batch.index, _choose(model, examples, scores), strict=True))
+            advance(batch)
 
         # GPU work is asynchronous until its results are read, so encode and submit the next batch before that.
-        unread: tuple[Batch, Sequence[Tensor]] | None = None
+        unread: tuple[QuestionBatch, Sequence[Tensor]] | None = None
         of_texts = scored if score != FIRST_TOKEN else []
-        for batch in model.batches([data.examples[i] for i in of_texts], batch_size, in_order=False):
-            for name, open_context in conditions.items():
-                with open_context():
+        longest = max((len(t) for i in of_texts for t in candidate_tokens(model, data[i], score)), default=0)
+        for batch in batches(of_texts, sharing, longest):
+            for name in batch.conditions:
+                with conditions[name]():
                     answers = [
                         _compare(e.example, values, log_p)
-                        for e, (values, log_p) in zip(batch.encodings, score_texts(model, batch, score), strict=True)
+                        for e, (values, log_p) in zip(
+                            batch.prompts.encodings, score_texts(model, batch.prompts, score), strict=True
+                        )
                     ]
-                rows[name].update(zip((scored[i] for i in batch.index), answers, strict=True))
-            bar.advance(bar.task_ids[0], len(batch.encodings))
+                rows[name].update(zip(batch.index, answers, strict=True))
+            advance(batch)
         of_tokens = scored if score == FIRST_TOKEN else []
-        for batch in model.batches([data.examples[i] for i in of_tokens], batch_size, in_order=False):
-            logits_per_condition = list(in_contexts(batch)) if logits is None else logits(batch)
+        for batch in batches(of_tokens, sharing if logits is None else ()):
+            whole = batch.prompts
+            several = None if logits is None or isinstance(whole, PrefixBatch) else logits(whole)
+            logits_per_condition = list(in_contexts(batch)) if several is None else several
             if unread is not None:
                 read(*unread)
             unread = batch, logits_per_condition
         if unread is not None:
             read(*unread)
-        for batch in model.batches([data.examples[i] for i in generated], batch_size, in_order=False):
-            examples = [e.example for e in batch.encodings]
-            for name, open_context in conditions.items():
-                with open_context():
-                    texts = model.generate_batch(batch, max_new_tokens, sampling=sampling)
+        for batch in batches(generated, sharing, max_new_tokens):
+            examples = [e.example for e in batch.prompts.encodings]
+            for name in batch.conditions:
+                with conditions[name]():
+                    texts = model.generate_batch(batch.prompts, max_new_tokens, sampling=sampling)
                 answers = [_parse(e, text, rules[e.id], match) for e, text in zip(examples, texts, strict=True)]
-                rows[name].update(zip((generated[i] for i in batch.index), answers, strict=True))
-            bar.advance(bar.task_ids[0], len(examples))
+                rows[name].update(zip(batch.index, answers, strict=True))
+            advance(batch)
     single = len(conditions) == 1
     seconds = time.perf_counter() - start
     cost = Cost(seconds if single else None, len(forwards) if single else None, len(data))
@@ -257,6 +281,8 @@ def answer_each(
     for name, open_context in conditions.items():
         with open_context():  # changes that are active in this context belong to the provenance
             provenances[name] = {**provenance, **intervention_record(model.hf)}
+        if name in shared:
+            provenances[name]["prefixes"] = "shared"
         if list(conditions) != [_SINGLE]:
             provenances[name]["condition"] = name
     return {

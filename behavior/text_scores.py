@@ -17,6 +17,7 @@ from groundscope.core.errors import ConfigError, DataError, ModelError
 from groundscope.core.text import nearest
 from lvlm.answer_keys import answer_tokens
 from lvlm.answer_scores import answer_log_probabilities
+from lvlm.decoding.prefix_run import PrefixBatch
 from lvlm.model import Batch, Lvlm
 
 FIRST_TOKEN, TEXT, TEXT_PER_TOKEN = "first_token", "text", "text_per_token"
@@ -72,7 +73,7 @@ def candidate_tokens(model: Lvlm, example: Example, score: str) -> list[list[int
     return tokens
 
 
-def score_texts(model: Lvlm, batch: Batch, score: str) -> list[tuple[list[float], list[float]]]:
+def score_texts(model: Lvlm, batch: Batch | PrefixBatch, score: str) -> list[tuple[list[float], list[float]]]:
     """Return for each example of a batch its candidates' scores and their texts' log-probabilities, in nats.
 
     One forward pass for each candidate, that of the example with the most.

@@ -41,6 +41,8 @@ class ActiveIntervention:
     """Description in one line."""
     identify: Callable[[], str | None]
     """Computes `digest`; called at most once, when the digest is needed."""
+    late: bool = False
+    """Whether it certainly changes nothing before the last token of a prompt; see `lvlm.prefix_groups`."""
 
     @cached_property
     def digest(self) -> str | None:

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from groundscope.core.errors import ConfigError
 from lvlm.access.shared_vision_run import share_vision_runs
+from lvlm.decoding.prefix_run import PrefixBatch
 from lvlm.encoding.continued_inputs import append_tokens
 from lvlm.model import Batch, Lvlm
 
 
 @torch.no_grad()
-def answer_log_probabilities(model: Lvlm, batch: Batch, answers: Sequence[Sequence[int]]) -> Tensor:
+def answer_log_probabilities(model: Lvlm, batch: Batch | PrefixBatch, answers: Sequence[Sequence[int]]) -> Tensor:
     """Return ``sum_t log p(t | prompt, tokens before t)`` of one answer to each prompt of a batch, in nats, float64 ``[B]``.
 
     One forward pass with the answers appended; interventions act on their tokens as on generated ones.
@@ -24,7 +25,7 @@ def answer_log_probabilities(model: Lvlm, batch: Batch, answers: Sequence[Sequen
     model
         The model.
     batch
-        Encoded examples, with their prefixes.
+        Encoded examples, with the starts of their answers; also with shared prefixes.
     answers
         The tokens of one answer to each example (`lvlm.answer_keys.answer_tokens`); an answer without tokens has 0.
 
@@ -56,9 +57,12 @@ def answer_log_probabilities(model: Lvlm, batch: Batch, answers: Sequence[Sequen
     tokenizer = model.processor.tokenizer
     fill = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)  # never read
     rows = [[*tokens, *[fill] * (extra - len(tokens))] for tokens in answers]
-    inputs = append_tokens(model, batch.inputs, rows)
-    with model.reading_answers(batch.encodings[0].tokens.length), share_vision_runs(model, batch.images):
-        logits = model.forward(inputs, keep=extra + 1)[:, :-1]  # [B, extra, V]
+    if isinstance(batch, PrefixBatch):
+        logits = batch.answer_logits(rows)
+    else:
+        inputs = append_tokens(model, batch.inputs, rows)
+        with model.reading_answers(batch.encodings[0].tokens.length), share_vision_runs(model, batch.images):
+            logits = model.forward(inputs, keep=extra + 1)[:, :-1]  # [B, extra, V]
     chosen = torch.tensor(rows, device=logits.device)
     log_p = logits.float().log_softmax(-1).gather(-1, chosen[..., None])[..., 0].double().cpu()
     used = torch.arange(extra) < torch.tensor([[len(tokens)] for tokens in answers])

@@ -21,6 +21,7 @@ from lvlm.images import MemoryImage, as_rgb
 from lvlm.sampling import Sampling
 
 if TYPE_CHECKING:
+    from lvlm.decoding.prefix_run import PrefixBatch
     from lvlm.model import Lvlm
 
 
@@ -68,8 +69,12 @@ def answer_prompt(
     return _texts(model, model.decoder.generate(model, batch, max_new_tokens))[0]
 
 
-def answer_batch(model: Lvlm, batch: Batch, max_new_tokens: int, sampling: Sampling | None = None) -> list[str]:
+def answer_batch(
+    model: Lvlm, batch: Batch | PrefixBatch, max_new_tokens: int, sampling: Sampling | None = None
+) -> list[str]:
     """Return the answers to a batch as text, without the prefixes that they continue; greedy, or sampled by example id."""
+    if not isinstance(batch, Batch):
+        return _texts(model, batch.generate(max_new_tokens, sampling=sampling))
     if model.decoder is not None:
         return _texts(model, model.decoder.generate(model, batch, max_new_tokens, sampling))
     choose = None if sampling is None else sampling.processor([e.example.id for e in batch.encodings])
@@ -77,8 +82,10 @@ def answer_batch(model: Lvlm, batch: Batch, max_new_tokens: int, sampling: Sampl
 
 
 @torch.no_grad()
-def answer_logits(model: Lvlm, batch: Batch) -> Tensor:
+def answer_logits(model: Lvlm, batch: Batch | PrefixBatch) -> Tensor:
     """Return the logits that the first token of each answer is chosen from, ``[B, V]``: the decoder's if one is active."""
+    if not isinstance(batch, Batch):
+        return batch.logits()
     if model.decoder is not None:
         return model.decoder.first_logits(model, batch)
     return model.logits(batch.inputs, batch.images)

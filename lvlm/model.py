@@ -42,6 +42,7 @@ from lvlm.weights_hash import has_weights, weights_hash
 
 if TYPE_CHECKING:
     from lvlm.decoding.decoder import Decoder
+    from lvlm.decoding.prefix_run import PrefixBatch
     from lvlm.decoding.row_layout import RowLayout
 
 __all__ = ["Batch", "Encoding", "HookPoint", "Inputs", "Lvlm", "Prompt"]
@@ -249,7 +250,7 @@ class Lvlm:
         with share_vision_runs(self, images):
             return self.forward(inputs)[:, -1]
 
-    def answer_logits(self, batch: Batch) -> Tensor:
+    def answer_logits(self, batch: Batch | PrefixBatch) -> Tensor:
         """Return the logits that the first token of each answer is chosen from, ``[B, V]``: the decoder's if one is active."""
         return answer_logits(self, batch)
 
@@ -342,7 +343,9 @@ class Lvlm:
         """
         return answer_prompt(self, images, prompt, max_new_tokens)
 
-    def generate_batch(self, batch: Batch, max_new_tokens: int = 40, *, sampling: Sampling | None = None) -> list[str]:
+    def generate_batch(
+        self, batch: Batch | PrefixBatch, max_new_tokens: int = 40, *, sampling: Sampling | None = None
+    ) -> list[str]:
         """Return the answers to a batch as text, without the prefixes that they continue: greedy, or sampled.
 
         The checkpoint's generation settings are ignored, see `generate`. Sampled answers depend on the ids of their examples.

@@ -163,7 +163,8 @@ class DecoderTokens:
             return self._call.prompt
         if past == 0:
             start = self._model.answer_from
-            self._prompt = count if start is None else min(start, count)
+            # A pass of fewer tokens than the prompt contains its prefix (`lvlm.decoding.prefix_run`).
+            self._prompt = count if start is None else start
             return self._prompt
         if self._model.answer_from is not None:  # `lvlm.decoding` states where the answers begin
             return self._model.answer_from

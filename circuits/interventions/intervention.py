@@ -201,7 +201,8 @@ def intervened(
     with ExitStack() as hooks:
         if interventions:
             name = name or ", ".join(dict.fromkeys(_place_name(item) for item in interventions))
-            applied = ActiveIntervention(kind, name, lambda: digest_of(list(interventions)))
+            late = all(_is_late(item) for item in every)
+            applied = ActiveIntervention(kind, name, lambda: digest_of(list(interventions)), late)
             hooks.callback(model.register(applied).remove)
         if any(_needs_tokens(item) for item in every):
             hooks.enter_context(tokens.watched())
@@ -272,6 +273,12 @@ def _in_decoder(site: Site) -> bool:
 def _needs_tokens(item: Intervention) -> bool:
     """Whether an intervention needs to know which tokens a forward pass of the decoder contains."""
     return _in_decoder(item.site) and (item.decay < 1 or not isinstance(item.positions, str) or item.positions != "all")
+
+
+def _is_late(item: Intervention) -> bool:
+    """Whether a change acts on the last token of prompts and on generated tokens only."""
+    late = isinstance(item.positions, str) and item.positions in ("last", "last+generated", "generated:all")
+    return late and _in_decoder(item.site) and not item.site.cross and item.rows is None
 
 
 def _order_of(site: Site) -> tuple[int, int]:

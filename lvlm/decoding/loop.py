@@ -12,7 +12,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -122,8 +122,35 @@ def generate_prompts(
     stops
         Tokens after which an answer ends; they belong to it.
     """
-    end = end_tokens(model) | {model.content_id} if ends and model.ends else frozenset[int]()
     run = DecodingRun(model, prompts, rule, continues=max_new_tokens > 1, names=names)
+    return write_answers(model, run, max_new_tokens, names=names, sampling=sampling, ends=ends, stops=stops)
+
+
+class Continuation(Protocol):
+    """A batch of answers that is continued token by token."""
+
+    def start(self) -> Tensor:
+        """Run the prompts; return the logits of the first token, ``[B, V]``."""
+        ...
+
+    def next(self, tokens: Tensor) -> Tensor:
+        """Continue with the chosen tokens, int ``[B]``; return the logits of the next token, ``[B, V]``."""
+        ...
+
+
+@torch.no_grad()
+def write_answers(
+    model: Lvlm,
+    run: Continuation,
+    max_new_tokens: int,
+    *,
+    names: Sequence[str],
+    sampling: Sampling | None = None,
+    ends: bool = True,
+    stops: frozenset[int] = frozenset(),
+) -> list[list[int]]:
+    """Return each answer of a run as token ids; parameters are those of `generate_prompts`."""
+    end = end_tokens(model) | {model.content_id} if ends and model.ends else frozenset[int]()
     answers: list[list[int]] = [[] for _ in names]
     running = [True] * len(names)
     logits = run.start()

@@ -17,6 +17,7 @@ from mitigation.training_free.branch_methods import BranchRule
 from mitigation.training_free.candidates import contrast, plausible
 from mitigation.training_free.methods.vcd import VCD, kept_signal
 from mitigation.training_free.scaling import scaled_count, scaled_layers
+from tests.toys.answers import assert_equal_answers
 from tests.toys.decoding_oracle import double_model, naive_steps
 from tests.toys.examples import example
 
@@ -79,7 +80,7 @@ def test_neutral_parameters_leave_the_model_alone() -> None:
     plain = gs.answer(model, data)
     with VCD(alpha=0, beta=0).applied(model):
         neutral = gs.answer(model, data)
-    assert neutral.answers == plain.answers
+    assert_equal_answers(neutral, plain)
 
 
 def test_the_method_is_in_the_provenance_and_gone_afterwards() -> None:
