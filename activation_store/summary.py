@@ -58,7 +58,7 @@ def _arrays(store: ActivationStore) -> Table:
             overflow, nonfinite = overflow + array.counts[0], nonfinite + array.counts[1]
         raw = rows * a.n_layers * a.width * STORAGE[store.schema.storage(a)].itemsize
         notes = (
-            f"{rows} tokens" if a.ragged else "",
+            format_count(rows, "token") if a.ragged else "",
             f"{disk / raw:.0%} of raw" if raw and store.schema.compression else "",
             f"{overflow} overflowed" if overflow else "",
             f"{nonfinite} NaN or inf" if nonfinite else "",

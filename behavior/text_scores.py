@@ -12,28 +12,13 @@ from collections.abc import Sequence
 
 import torch
 
+from behavior.candidate_scores import TEXT, TEXT_PER_TOKEN
 from concepts.schema import Example
-from groundscope.core.errors import ConfigError, DataError, ModelError
-from groundscope.core.text import nearest
+from groundscope.core.errors import DataError, ModelError
 from lvlm.answer_keys import answer_tokens
 from lvlm.answer_scores import answer_log_probabilities
 from lvlm.decoding.prefix_run import PrefixBatch
 from lvlm.model import Batch, Lvlm
-
-FIRST_TOKEN, TEXT, TEXT_PER_TOKEN = "first_token", "text", "text_per_token"
-SCORES = (FIRST_TOKEN, TEXT, TEXT_PER_TOKEN)
-"""How candidates are scored: by the logits of their first tokens, or by the log-probability of their texts, or that per token."""
-
-
-def check_score(score: str) -> None:
-    """Raise `ConfigError` for an unknown score.
-
-    >>> from behavior.text_scores import check_score
-    >>> check_score("text")
-    """
-    if score not in SCORES:
-        msg = f"unknown score '{score}'; choose from {', '.join(SCORES)}{nearest(score, SCORES)}"
-        raise ConfigError(msg)
 
 
 def candidate_tokens(model: Lvlm, example: Example, score: str) -> list[list[int]]:

@@ -51,8 +51,8 @@ from lvlm.token_selection import ALL_IMAGE_TOKENS, IMAGE_MEAN
 MAX_CALIBRATION = 150
 """Largest number of right answers, and of further wrong ones, per kind whose image tokens are read from the model for
 calibration, because a store has one vector per example."""
-PARTS = ("image", "prompt", "prior", "log_odds")
-"""Fields of an answer's sources in a diagnosis."""
+PARTS = ("image", "prior", "log_odds")
+"""Fields of an answer's sources in a diagnosis, next to ``prompt`` or ``prefix``."""
 MAX_CHECKED = 32
 """Largest number of right answers per kind on which other effects of a component are measured."""
 
@@ -473,25 +473,45 @@ def _without_image(model: Lvlm, examples: Sequence[Example]) -> list[str]:
 def _sources(
     model: Lvlm, store: ActivationStore, claims: Mapping[str, Claim], examples: Sequence[Example], seed: int
 ) -> dict[str, dict[str, float]]:
-    """Attribute answers to sources; neutral questions are others of the same kind and length in the store."""
-    questions, length = store.columns["question"], _prompt_lengths(store)
-    pools: dict[tuple[str, float], list[str]] = {}
-    for claim in claims.values():
-        pool = pools.setdefault((claim.kind, float(length[claim.row])), [])
-        if questions[claim.row] not in pool:
-            pool.append(str(questions[claim.row]))
-    neutral: dict[str, list[str]] = {}
+    """Attribute answers to sources.
+
+    Neutral questions are others of the same kind and length in the store. An answer after a prefix for which there is none, such
+    as a word of a caption, is attributed to image and prefix; neutral prefixes are others of the same kind and length.
+    """
+    if model.encoder_decoder:
+        return {}
+    columns, lengths = store.columns, _prompt_lengths(store)
+    prefixes = columns.get("prefix", np.full(len(lengths), ""))
+    texts = {"prompt": columns["question"], "prefix": prefixes}
+    length = {"prompt": lengths, "prefix": np.asarray(columns["n_tokens"], np.float64) - lengths}
+    pools: dict[str, dict[tuple[str, float], dict[str, None]]] = {"prompt": {}, "prefix": {}}
+    for part, pool in pools.items():
+        for claim in claims.values():
+            pool.setdefault((claim.kind, float(length[part][claim.row])), {})[str(texts[part][claim.row])] = None
+    neutral: dict[str, dict[str, tuple[str, ...]]] = {"prompt": {}, "prefix": {}}
     for i, example in enumerate(examples):
         claim = claims[example.id]
-        others = [q for q in pools[claim.kind, float(length[claim.row])] if q != example.question]
-        order = np.random.Generator(np.random.PCG64([seed, i])).permutation(len(others))
-        neutral[example.id] = [others[k] for k in order[: input_attribution.NEUTRAL_QUESTIONS]]
-    possible = [e for e in examples if neutral[e.id]]
-    if not possible or model.encoder_decoder:
-        return {}
-    size = batch_rows(model, possible, 64)
-    result = input_attribution.split(model, possible, neutral_questions=neutral, batch_size=size, progress=False)
-    return {item.example["id"]: {name: getattr(item, name) for name in PARTS} for item in result.examples}
+        for part, own in (("prompt", example.question), ("prefix", example.prefix)):
+            others = [text for text in pools[part][claim.kind, float(length[part][claim.row])] if text != own]
+            if own and others:
+                neutral[part][example.id] = input_attribution.sample_texts(others, seed, i)
+                break
+    sources: dict[str, dict[str, float]] = {}
+    for part, texts_of in neutral.items():
+        possible = [e for e in examples if e.id in texts_of]
+        if not possible:
+            continue
+        size = batch_rows(model, possible, 64)
+        result = (
+            input_attribution.split(model, possible, neutral_questions=texts_of, batch_size=size, progress=False)
+            if part == "prompt"
+            else input_attribution.split(
+                model, possible, prompt="prefix", neutral_prefixes=texts_of, batch_size=size, progress=False
+            )
+        )
+        for item in result.examples:
+            sources[item.example["id"]] = {name: getattr(item, name) for name in PARTS} | {part: item.prompt}
+    return sources
 
 
 def _prompt_lengths(store: ActivationStore) -> np.ndarray:

@@ -150,7 +150,8 @@ class Diagnosis:
     """The model's answer about a blank image."""
     sources: Mapping[str, float] = field(default_factory=dict)
     """``image``, ``prompt``, ``prior`` and ``log_odds`` of the model's answer (`circuits.input_attribution.attribute`); also for
-    right answers that were selected for comparison."""
+    right answers that were selected for comparison. Where no other question can replace the example's own, but other prefixes
+    can, as with words of captions, ``prefix`` instead of ``prompt``."""
 
     __repr__ = short_repr
 
@@ -235,7 +236,7 @@ class Diagnoses:
                 "unread": " ".join(diagnosis.unread),
                 "without_image": diagnosis.without_image,
             }
-            row |= {part: diagnosis.sources.get(part, math.nan) for part in ("image", "prompt", "prior")}
+            row |= {part: diagnosis.sources.get(part, math.nan) for part in ("image", "prompt", "prefix", "prior")}
             rows.append({**row, "text": narrative.explain(diagnosis)})
         return pd.DataFrame(rows)
 

@@ -142,10 +142,10 @@ def belief(readings: Sequence[Reading], state: str, places: Sequence[Place], sta
 def prior_suggests(model_answer: str, blank: str, sources: Mapping[str, float]) -> bool:
     """Return whether the words alone suggest an answer, which is evidence of a prior.
 
-    The answer about a blank image is the same; and if its log-odds are attributed to sources, prior and prompt together favor
-    it, and more than the image does.
+    The answer about a blank image is the same; and if its log-odds are attributed to sources, prior and prompt (or the prefix)
+    together favor it, and more than the image does.
     """
-    words = sources.get("prior", math.nan) + sources.get("prompt", math.nan)
+    words = sources.get("prior", math.nan) + sources.get("prompt", sources.get("prefix", math.nan))
     contradicted = not math.isnan(words) and words <= max(0.0, sources["image"])
     return blank == model_answer and not contradicted
 

@@ -34,6 +34,7 @@ ADDED: Mapping[str, Any] = MappingProxyType(
         "trace.reduce": {},
         "trace.unembedding": False,
         "evaluate.generate": False,
+        "evaluate.score": "first_token",
         "evaluate.parser": None,
         "evaluate.match": "normalized",
         "evaluate.max_new_tokens": 40,
@@ -264,6 +265,10 @@ class EvaluateConfig:
     generate: bool = False
     """Let the model write its answers and parse them, as the released evaluations do; false compares the log-probabilities of the
     candidate answers, which needs one forward pass and no parser."""
+    score: str = "first_token"
+    """How the candidate answers of a question are compared: `first_token` (one forward pass), or by their whole texts, which
+    candidates with the same first token need: `text` (log-probability; prefers short texts) or `text_per_token` (divided by the
+    number of tokens), one forward pass for each candidate."""
     parser: str | None = None
     """Rule that reads yes or no from a written answer, by its name in `behavior.PARSERS`; null for that of the benchmark."""
     match: str = "normalized"

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from behavior.candidate_scores import FIRST_TOKEN, SCORES
 from behavior.matching import MATCHES
 from behavior.parsing import PARSERS
 from concepts.concept import LEVELS, Concept
@@ -111,6 +112,10 @@ def _answers(config: RunConfig) -> str | None:
         )
     if options.parser is not None and not options.generate:
         return f"evaluate.parser={options.parser} has no effect without written answers; add evaluate.generate=true"
+    if options.score not in SCORES:
+        return f"evaluate.score={options.score}: choose from {', '.join(SCORES)}{nearest(options.score, SCORES)}"
+    if options.score != FIRST_TOKEN and options.generate:
+        return f"evaluate.score={options.score} has no effect on written answers; remove it, or set evaluate.generate=false"
     if options.match not in MATCHES:
         return f"evaluate.match={options.match}: choose from {', '.join(MATCHES)}{nearest(options.match, MATCHES)}"
     if not 0 < options.top_p <= 1:

@@ -94,7 +94,8 @@ def _key(model: Lvlm, example: Example) -> AnswerKey:
             if owner.setdefault(i, candidate) != candidate:
                 msg = (
                     f"answers '{owner[i]}' and '{candidate}' begin with the same token, which cannot distinguish them; use "
-                    "answers with different first tokens, or compare whole texts: behavior.answer(…, score='text_per_token')"
+                    "answers with different first tokens, or compare whole texts: behavior.answer(…, score='text_per_token'), "
+                    "in a run evaluate.score=text_per_token"
                 )
                 raise DataError(msg)
     return AnswerKey(example.candidates, tokens)

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 
 from behavior import BehaviorResult, answer_each
+from behavior.candidate_scores import FIRST_TOKEN
 from behavior.matching import DEFAULT_MATCH
 from behavior.metrics import METRICS, compute_metrics
 from circuits import intervened, logits_under
@@ -80,6 +81,7 @@ def answer_under(
     *,
     batch_size: int = 64,
     generate: bool = False,
+    score: str = FIRST_TOKEN,
     parser: str | None = None,
     match: str = DEFAULT_MATCH,
     max_new_tokens: int = 40,
@@ -99,7 +101,7 @@ def answer_under(
         Vectors by name; None is the model without a vector.
     batch_size
         Questions in a batch.
-    generate, parser, match, max_new_tokens, sampling, seeds
+    generate, score, parser, match, max_new_tokens, sampling, seeds
         As for `behavior.answer`.
     progress
         Whether to show progress.
@@ -132,6 +134,7 @@ def answer_under(
         contexts,
         logits=logits_under(model, list(changes.values())),
         generate=generate,
+        score=score,
         parser=parser,
         match=match,
         max_new_tokens=max_new_tokens,

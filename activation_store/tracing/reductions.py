@@ -21,6 +21,7 @@ from activation_store.direction import ConceptDirection
 from groundscope.core.errors import ConfigError, DataError, SiteError
 from groundscope.core.files import canonical_json
 from groundscope.core.registry import Registry
+from groundscope.core.text import format_count
 from lvlm.model import Lvlm
 from lvlm.site_width import site_width
 from lvlm.sites import Site
@@ -134,7 +135,8 @@ class Margin:
         width = site_width(model, site)
         wrong = next((d for d in chosen if len(d.vector) != width), None)
         if wrong is not None:
-            msg = f"the direction for '{wrong.concept}' at {site} has {len(wrong.vector)} values, the site {width}"
+            size = format_count(len(wrong.vector), "value")
+            msg = f"the direction for '{wrong.concept}' at {site} has {size}, the site {width}"
             raise SiteError(msg)
         matrix = torch.from_numpy(np.stack([d.scale * d.vector for d in chosen], axis=1).astype(np.float32))  # [D, K]
         offset = torch.tensor([d.intercept for d in chosen])

@@ -43,7 +43,7 @@ def count_overflow(
         count = counts[array_name(key)]
         if count and not allowed:
             msg = (
-                f"{count} values of {array_name(key)} do not fit {dtype}, whose largest is {LARGEST[dtype]:g}; "
+                f"{array_name(key)} has {format_count(count, 'value')} beyond the largest of {dtype}, {LARGEST[dtype]:g}; "
                 f"first in example '{ids[int(np.argmax(e.overflow > 0))]}'; choose dtype bfloat16 or float32, "
                 f"or set allow_overflow=True to store them as {dtype} rounds them"
             )

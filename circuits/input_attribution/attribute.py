@@ -9,6 +9,7 @@ the log-odds with all parts neutral is the prior. This answers the question of s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -23,6 +24,7 @@ from concepts.image_source import ImageSource
 from concepts.schema import Example, require_one_image
 from groundscope.core.errors import ConfigError, PatchError
 from groundscope.core.progress import progress_bar
+from groundscope.core.text import format_count, nearest
 from lvlm.answer_keys import AnswerKey, answer_key
 from lvlm.model import Encoding, Lvlm
 
@@ -43,9 +45,10 @@ def split(
     *,
     of: Literal["said", "true"] = "said",
     image: Literal["whole", "objects"] = "whole",
-    prompt: Literal["whole", "words"] = "whole",
+    prompt: Literal["whole", "words", "prefix"] = "whole",
     neutral_images: Sequence[str | ImageSource] = NEUTRAL_IMAGES,
     neutral_questions: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
+    neutral_prefixes: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
     orders: int = 64,
     batch_size: int = 64,
     seed: int = 0,
@@ -69,7 +72,9 @@ def split(
     image
         ``whole``: the image is one player; ``objects``: each object's box and the rest of the image are separate players.
     prompt
-        ``whole``: the question is one player; ``words``: each word is a separate player.
+        ``whole``: the question is one player; ``words``: each word is a separate player; ``prefix``: `Example.prefix`, the
+        words that were written before the answer, is the player instead, and the question is in every run, so that its effect
+        is part of the prior. Use it for words of captions, which all answer one question.
     neutral_images
         Names of edits of the image (``blank``, ``blur``, ``noise``), or images of the same size. Values are averaged over
         them; `SourceShares.spread` has their standard deviation.
@@ -77,6 +82,9 @@ def split(
         Questions with the same number of tokens as the examples' questions, or such questions by example id. None: up to 4
         other questions of `examples` with the same number of tokens and the same candidates, chosen at random; "neutral"
         then means "another question of the same kind".
+    neutral_prefixes
+        The same for ``prompt="prefix"``: texts with the same number of tokens as the prefixes, by default other prefixes of
+        `examples`. They end where another word of the same kind begins if the examples are mentions (`concepts.with_mentions`).
     orders
         Number of random orders of arrival if there are more than 10 players, too many to run all coalitions.
     batch_size
@@ -96,7 +104,8 @@ def split(
     ConfigError
         If an option has an unknown value, or the family's decoder does not read the question.
     PatchError
-        If `examples` is empty, neutral inputs differ in length, or an example has no neutral question.
+        If `examples` is empty, neutral inputs differ in length, or an example has no neutral question, or with
+        ``prompt="prefix"`` no prefix or no neutral one.
     DataError
         If an example has no image or several, no candidates, or candidates that begin with the same token.
 
@@ -112,7 +121,11 @@ def split(
     """
     _check(model, examples, of, image, prompt, neutral_images, orders)
     keys = [answer_key(model, example) for example in examples]
-    neutral_texts = _texts(model, examples, neutral_questions, seed)
+    neutral_texts = (
+        _prefixes(model, examples, neutral_prefixes, seed)
+        if prompt == "prefix"
+        else _texts(model, examples, neutral_questions, seed)
+    )
     results: list[SourceShares] = []
     with progress_bar(progress) as bar:
         task = bar.add_task("splitting answers by source", total=len(examples))
@@ -206,14 +219,8 @@ def _texts(
     model: Lvlm, examples: Sequence[Example], questions: Sequence[str] | Mapping[str, Sequence[str]] | None, seed: int
 ) -> list[tuple[str, ...]]:
     """Return the neutral questions of every example."""
-    if isinstance(questions, Mapping):
-        missing = next((e.id for e in examples if not questions.get(e.id)), None)
-        if missing is not None:
-            msg = f"neutral_questions has no entry for example '{missing}'; pass at least one with the same number of tokens"
-            raise PatchError(msg)
-        return [tuple(questions[e.id]) for e in examples]
     if questions is not None:
-        return [tuple(questions)] * len(examples)
+        return _option_texts(examples, questions, "neutral_questions")
     length = {q: len(model.processor.tokenizer(model.prompt(q))["input_ids"]) for q in {e.question for e in examples}}
     pools: dict[tuple[int, tuple[str, ...]], list[str]] = {}
     for e in examples:
@@ -229,9 +236,50 @@ def _texts(
                 "candidates; pass more examples, or neutral_questions=[…] with the same number of tokens"
             )
             raise PatchError(msg)
-        order = np.random.Generator(np.random.PCG64([seed, i])).permutation(len(others))
-        out.append(tuple(others[k] for k in order[:NEUTRAL_QUESTIONS]))
+        out.append(sample_texts(others, seed, i))
     return out
+
+
+def _prefixes(
+    model: Lvlm, examples: Sequence[Example], prefixes: Sequence[str] | Mapping[str, Sequence[str]] | None, seed: int
+) -> list[tuple[str, ...]]:
+    """Return the neutral prefixes of every example."""
+    if prefixes is not None:
+        return _option_texts(examples, prefixes, "neutral_prefixes")
+    length = [len(model.encode(replace(e, mentions=())).tokens.prefix) for e in examples]
+    pools: dict[int, dict[str, None]] = {}
+    for e, n in zip(examples, length, strict=True):
+        pools.setdefault(n, {})[e.prefix] = None
+    out = []
+    for i, (e, n) in enumerate(zip(examples, length, strict=True)):
+        others = [text for text in pools[n] if text != e.prefix]
+        if n and not others:
+            msg = (
+                f"example '{e.id}': no other example has a prefix of {format_count(n, 'token')}; pass more examples, or "
+                "neutral_prefixes=[…] with the same number of tokens"
+            )
+            raise PatchError(msg)
+        out.append(sample_texts(others, seed, i))
+    return out
+
+
+def _option_texts(
+    examples: Sequence[Example], texts: Sequence[str] | Mapping[str, Sequence[str]], name: str
+) -> list[tuple[str, ...]]:
+    """Return the neutral texts that an option names for every example."""
+    if not isinstance(texts, Mapping):
+        return [tuple(texts)] * len(examples)
+    missing = next((e.id for e in examples if not texts.get(e.id)), None)
+    if missing is not None:
+        msg = f"{name} has no entry for example '{missing}'; pass at least one with the same number of tokens"
+        raise PatchError(msg)
+    return [tuple(texts[e.id]) for e in examples]
+
+
+def sample_texts(texts: Sequence[str], seed: int, number: int) -> tuple[str, ...]:
+    """Return at most `NEUTRAL_QUESTIONS` random texts, the same for the same seed and number of the example."""
+    order = np.random.Generator(np.random.PCG64([seed, number])).permutation(len(texts))
+    return tuple(texts[k] for k in order[:NEUTRAL_QUESTIONS])
 
 
 def _check(
@@ -247,10 +295,10 @@ def _check(
     for name, value, allowed in (
         ("of", of, ("said", "true")),
         ("image", image, ("whole", "objects")),
-        ("prompt", prompt, ("whole", "words")),
+        ("prompt", prompt, ("whole", "words", "prefix")),
     ):
         if value not in allowed:
-            msg = f"unknown {name} '{value}'; choose {' or '.join(allowed)}"
+            msg = f"unknown {name} '{value}'; choose {' or '.join(allowed)}{nearest(value, allowed)}"
             raise ConfigError(msg)
     unknown = [n for n in neutral_images if isinstance(n, str) and n not in EDITS]
     if unknown or not neutral_images:

@@ -1,4 +1,4 @@
-"""One question as a cooperative game: coalitions of image and question parts, and the model inputs for each."""
+"""One question as a cooperative game: coalitions of parts of image and text, and the model inputs for each."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ class Players:
     boxes: tuple[Box, ...]
     """Regions of the image that are players; the rest of the image is one more."""
     words: tuple[tuple[int, ...], ...]
-    """Decoder positions of each player of the prompt."""
+    """Decoder positions of each player of the text."""
+    of_prefix: bool = False
+    """Whether the text player is the prefix; the question is then in every run."""
 
     @property
     def of_image(self) -> int:
@@ -49,11 +51,16 @@ class Game:
 
 
 def players_of(model: Lvlm, example: Example, encoding: Encoding, image: str, prompt: str) -> Players:
-    """Return an example's players: the image ``whole`` or by ``objects``, the prompt ``whole`` or by ``words``."""
+    """Return the players: the image ``whole`` or by ``objects``; the prompt ``whole`` or by ``words``, or the ``prefix``."""
     places = [(o.noun, o.box) for o in example.objects if o.box is not None] if image == "objects" else []
     boxes = tuple(box for _, box in places)
     image_players = (*(f"image: {noun}" for noun, _ in places), "image: rest") if image == "objects" else ("image",)
     question = encoding.tokens.question
+    if prompt == "prefix":
+        if not encoding.tokens.prefix:
+            msg = f"example '{example.id}' has no prefix; use prompt='whole', or leave it out"
+            raise PatchError(msg)
+        return Players((*image_players, "prefix"), boxes, (encoding.tokens.prefix,), of_prefix=True)
     if prompt == "whole":
         return Players((*image_players, "prompt"), boxes, (question,))
     if "qformer_input_ids" in encoding.inputs:
@@ -73,16 +80,16 @@ def make_game(
     example: Example,
     players: Players,
     neutral_images: Sequence[ImageSource],
-    neutral_questions: Sequence[str],
+    neutral_texts: Sequence[str],
     orders: int,
     seed: int,
 ) -> Game:
-    """Return the runs that determine each player's share.
+    """Return the runs that determine each player's share; neutral texts are questions, or prefixes if the prefix is a player.
 
     Raises
     ------
     PatchError
-        If a neutral image or question changes the number of tokens or the positions of the image.
+        If a neutral image or text changes the number of tokens or the positions of the image.
     """
     n = len(players.names)
     sampled_orders = None if n <= shapley.MOST else shapley.sample_orders(n, orders, seed)
@@ -91,18 +98,19 @@ def make_game(
     )
     encoded: dict[tuple[str, str], Encoding] = {}
     original = model.encode(example)
+    field = "prefix" if players.of_prefix else "question"
+    own_text = example.prefix if players.of_prefix else example.question
 
-    def encode(image: ImageSource, question: str) -> Encoding:
-        key = (image.identity, question)
+    def encode(image: ImageSource, text: str) -> Encoding:
+        key = (image.identity, text)
         if key not in encoded:
-            encoded[key] = _check_alike(
-                model.encode(replace(example, image=image, question=question)), original, question
-            )
+            changed = replace(example, image=image, **{field: text}, mentions=())
+            encoded[key] = _check_alike(model.encode(changed), original, field, text)
         return encoded[key]
 
     number: dict[tuple[str, bytes, str], int] = {}
     runs: list[Encoding] = []
-    neutrals = list(product(neutral_images, neutral_questions))
+    neutrals = list(product(neutral_images, neutral_texts))
     members = np.empty((len(coalitions), len(neutrals)), np.int64)
     for c, coalition in enumerate(coalitions):
         revealed, words = coalition[: players.of_image], coalition[players.of_image :]
@@ -112,12 +120,10 @@ def make_game(
             key = (image.identity, words.tobytes(), "" if words.all() else text)
             if key not in number:
                 number[key] = len(runs)
-                full_question = encode(image, example.question if words.any() else text)
+                full_text = encode(image, own_text if words.any() else text)
                 partly = words.any() and not words.all()
                 runs.append(
-                    _replace_words(full_question, encode(image, text), players.words, words)
-                    if partly
-                    else full_question
+                    _replace_words(full_text, encode(image, text), players.words, words) if partly else full_text
                 )
             members[c, k] = number[key]
     return Game(players, coalitions, sampled_orders, tuple(runs), members)
@@ -143,11 +149,11 @@ def _replace_words(
     return replace(encoding, inputs={**encoding.inputs, "input_ids": ids})
 
 
-def _check_alike(encoding: Encoding, original: Encoding, question: str) -> Encoding:
+def _check_alike(encoding: Encoding, original: Encoding, field: str, text: str) -> Encoding:
     if encoding.shape != original.shape or encoding.tokens.image != original.tokens.image:
         msg = (
-            f"example '{original.example.id}': with the neutral image or question '{question}' it has {encoding.tokens.length} "
-            f"tokens instead of {original.tokens.length}; use neutral images of its size and questions of its length"
+            f"example '{original.example.id}': with the neutral image or {field} '{text}' it has {encoding.tokens.length} "
+            f"tokens instead of {original.tokens.length}; use neutral images of its size and a {field} of its length"
         )
         raise PatchError(msg)
     return encoding

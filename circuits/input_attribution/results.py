@@ -51,7 +51,7 @@ class SourceShares:
     said: str
     """The model's answer."""
     players: tuple[str, ...]
-    """Parts of the image first, then parts of the prompt."""
+    """Parts of the image first, then parts of the prompt, or the prefix."""
     of_image: int
     """Number of players that are parts of the image."""
     log_odds: float
@@ -90,7 +90,7 @@ class SourceShares:
 
     @property
     def prompt(self) -> float:
-        """Share of the prompt, summed over its parts."""
+        """Share of the text, summed over its parts: of the prompt, or of the prefix with ``prompt="prefix"``."""
         return float(self.shares[self.of_image :].sum())
 
     @property
@@ -148,7 +148,7 @@ class Sources:
                 "said": answer.said,
                 "answer": answer.answer,
                 "player": player,
-                "part": "image" if k < answer.of_image else "prompt",
+                "part": "image" if k < answer.of_image else "prefix" if player == "prefix" else "prompt",
                 "share": answer.shares[k],
                 "spread": answer.spread[k],
                 "error": answer.error[k],

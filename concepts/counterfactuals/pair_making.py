@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import groupby, islice
 
 from concepts.counterfactual_pair import CounterfactualPair
 from concepts.counterfactuals.image_edits import edit_pairs
@@ -15,10 +15,14 @@ from concepts.scenes.scene import Scene
 from concepts.schema import ConceptDataset
 from groundscope.core.errors import ConfigError, DataError
 from groundscope.core.registry import Registry
-from groundscope.core.text import nearest
+from groundscope.core.text import format_reasons, nearest
 
 PairMaker = Callable[[ConceptDataset], Iterable[CounterfactualPair]]
 """Function from a dataset to the pairs of one kind, in the order of the dataset; examples that allow none are skipped."""
+Form = tuple[str, ...]
+"""Candidate answers of a question: questions with the same candidates have one form."""
+MAX_LEAD = 2
+"""Number of pairs by which one answer may be ahead of the rarest in `balanced_pairs` before another one of it is used."""
 
 
 def _problem(maker: PairMaker) -> str | None:
@@ -187,7 +191,9 @@ def balanced_pairs(
 
     If examples of the split ``neutral`` allow such pairs, only these are used: in other splits the language prior suggests an
     answer. Heads that only raise one answer, such as yes, would look like grounding heads if most pairs had it as their
-    true answer; so a pair is skipped while its true answer is ahead of the rarest one by more than two pairs.
+    true answer; so of each image the pair is used whose true answer is the rarest so far, and it waits while that answer is ahead
+    of the rarest one to questions with the same candidates by more than two pairs. If the first `limit` images have one answer
+    only, as with ``inpaint``, whose first image always shows the object, pairs are not balanced.
 
     Parameters
     ----------
@@ -229,20 +235,50 @@ def balanced_pairs(
 def _balanced(
     candidates: Iterable[CounterfactualPair], limit: int, left_out: Counter[str]
 ) -> Iterator[CounterfactualPair]:
+    """Yield at most one pair per image, with the true answers to questions of one form in about equal numbers."""
     groups: set[str] = set()
-    counts: dict[str, int] = {}
-    for pair in candidates:
-        answer = pair.clean.answer
-        if pair.group in groups:
-            left_out["further pairs of the same image"] += 1
+    counts: Counter[tuple[Form, str]] = Counter()
+    waiting: dict[tuple[Form, str], deque[CounterfactualPair]] = {}
+    for group, made in groupby(candidates, key=lambda pair: pair.group):
+        of_image = list(made)
+        if further := len(of_image) - (group not in groups):
+            left_out["further pairs of the same image"] += further
+        if group in groups:
             continue
-        if counts.get(answer, 0) > min(counts.values(), default=0) + 2:
-            left_out["pairs whose answer is already the most frequent"] += 1
-            continue
-        groups.add(pair.group)
-        counts[answer] = counts.get(answer, 0) + 1
-        yield pair
-        if len(groups) == limit:
+        groups.add(group)
+        # The form of the image's first pair: else forms with many answers, each of them rare, would replace yes and no.
+        form = of_image[0].clean.candidates
+        same = {(form, pair.clean.answer): pair for pair in reversed(of_image) if pair.clean.candidates == form}
+        for key in same:
+            waiting.setdefault(key, deque())
+        rarest = min(reversed(same), key=lambda key: counts[key] + len(waiting[key]))
+        waiting[rarest].append(same[rarest])
+        # After as many images without another answer it is not to be expected: some kinds exist for one answer only.
+        for pair in _due(waiting, counts, patient=len(groups) < limit):
+            yield pair
+            if counts.total() == limit:
+                return
+    yield from islice(_due(waiting, counts, patient=False), limit - counts.total())
+    if unused := sum(map(len, waiting.values())):
+        left_out["pairs whose answer is already the most frequent"] += unused
+
+
+def _due(
+    waiting: Mapping[tuple[Form, str], deque[CounterfactualPair]], counts: Counter[tuple[Form, str]], *, patient: bool
+) -> Iterator[CounterfactualPair]:
+    """Yield waiting pairs whose answer is at most `MAX_LEAD` ahead of the rarest one to questions of its form; count them.
+
+    If `patient`, the other of two candidates is expected even if no pair has it yet.
+    """
+    while True:
+        for (form, answer), pairs in waiting.items():
+            # Of more than two candidates, some may never be true.
+            answers = set(form) if patient and len(form) == 2 else {other for of, other in waiting if of == form}
+            if pairs and counts[form, answer] <= min(counts[form, other] for other in answers) + MAX_LEAD:
+                counts[form, answer] += 1
+                yield pairs.popleft()
+                break
+        else:
             return
 
 
@@ -278,6 +314,6 @@ def _with_images(data: ConceptDataset, left_out: Counter[str], *, several: bool 
 
 
 def _no_pair(data: ConceptDataset, kind: str, left_out: Counter[str]) -> DataError:
-    reasons = "; ".join(f"{count} {reason}" for reason, count in left_out.most_common())
+    reasons = format_reasons(left_out)
     msg = f"dataset '{data.name}' has no example that allows a pair of kind '{kind}'"
-    return DataError(f"{msg} (left out: {reasons})" if reasons else msg)
+    return DataError(f"{msg}; left out: {reasons}" if reasons else msg)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, overload
 
 from concepts.counterfactual_pair import CounterfactualPair
-from groundscope.core.text import format_count
+from groundscope.core.text import format_count, format_reasons
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -60,10 +59,7 @@ class PairSet(Sequence[CounterfactualPair]):
         counts = f"{format_count(len(self), 'pair')} of kind '{self.kind}'{method}, {format_count(images, 'image')}"
         lines = [f"PairSet({counts})"]
         if self.left_out:
-            reasons = Counter(self.left_out).most_common()
-            main_reasons = "; ".join(f"{count} {reason}" for reason, count in reasons[:3])
-            more = f"; {format_count(len(reasons) - 3, 'more reason')}" if len(reasons) > 3 else ""
-            lines.append(f"left out: {main_reasons}{more}")
+            lines.append(f"left out: {format_reasons(self.left_out, most=3)}")
         return "\n".join(lines)
 
     def frame(self) -> pd.DataFrame:

@@ -11,6 +11,7 @@ from concepts.image_source import ImageSource
 from concepts.mention import Mention
 from concepts.schema import Example
 from groundscope.core.errors import ConfigError, DataError
+from groundscope.core.text import format_count
 
 _EDITS = ("blank", "blur", "noise")
 
@@ -96,8 +97,8 @@ def _find(example: Example, text: str, word: str, occurrence: int) -> tuple[int,
     matches = list(re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", text)) if word.strip() else []
     if not 1 <= occurrence <= len(matches):
         msg = (
-            f"example '{example.id}': the text contains '{word}' {len(matches)} times as a whole word, so it has no occurrence "
-            f"{occurrence}; give a word of the text as written there"
+            f"example '{example.id}': the text contains '{word}' {format_count(len(matches), 'time')} as a whole word, "
+            f"so it has no occurrence {occurrence}; give a word of the text as written there"
         )
         raise DataError(msg)
     return matches[occurrence - 1].span()

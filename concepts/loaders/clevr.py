@@ -142,7 +142,7 @@ def _read_object(number: int, record: Record) -> SceneObject:
             raise DataError(msg)
     coordinates = record.list("pixel_coords")
     if len(coordinates) not in (2, 3):
-        msg = f"{record.where}: field 'pixel_coords' must hold x, y and the depth, not {len(coordinates)} values"
+        msg = f"{record.where}: field 'pixel_coords' must hold x, y and the depth, not {format_count(len(coordinates), 'value')}"
         raise DataError(msg)
     names = ("x", "y", "depth")[: len(coordinates)]
     Record(f"{record.where}, pixel_coords", dict(zip(names, coordinates, strict=True))).numbers(*names)

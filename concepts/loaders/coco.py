@@ -264,7 +264,7 @@ def _file_name(record: Record) -> str:
 def _box_values(record: Record) -> list[object]:
     box = record.list("bbox")
     if len(box) != 4:
-        msg = f"{record.where}: field 'bbox' must hold x, y, width, height, not {len(box)} values"
+        msg = f"{record.where}: field 'bbox' must hold x, y, width, height, not {format_count(len(box), 'value')}"
         raise DataError(msg)
     return box
 

@@ -22,6 +22,7 @@ from concepts.reading.records import read_json_records
 from concepts.scene_object import SceneObject
 from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import DataError
+from groundscope.core.text import format_count
 
 _FOLDERS = ("", "VG_100K/", "VG_100K_2/")
 _BEYOND = "instances of images beyond the limit"
@@ -111,7 +112,7 @@ def _find(number: str, folder: ImageFolder, record: Record) -> FileImage:
 def _instance(record: Record, folder: ImageFolder, image: FileImage, left_out: Counter[str]) -> _Instance:
     values = record.list("instance_bbox")
     if len(values) != 4:
-        msg = f"{record.where}: field 'instance_bbox' must hold x, y, width, height, not {len(values)} values"
+        msg = f"{record.where}: field 'instance_bbox' must hold x, y, width, height, not {format_count(len(values), 'value')}"
         raise DataError(msg)
     box = box_numbers(Record(record.where, dict(zip("xywh", values, strict=True))), *"xywh")
     noun = record.text("object_name").strip().lower()

@@ -16,7 +16,7 @@ from concepts.reading.json_stream import Entry, stream
 from concepts.reading.record import Record, as_record
 from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import ConfigError, DataError
-from groundscope.core.text import nearest
+from groundscope.core.text import format_count, nearest
 
 NAMES: Mapping[str, str] = MappingProxyType({"coco": "%012d.jpg", "vg": "%d.jpg"})
 """Source of the images to the format of their file names, for files of image ids (``coco_qa…``, ``vg_qa…``)."""
@@ -125,7 +125,7 @@ def _read(entry: Entry, source: str | None) -> tuple[str, str, tuple[str, ...]]:
 
 def _read_triple(entry: Entry, value: list[Any], source: str | None) -> tuple[str, str, tuple[str, ...]]:
     if len(value) != 3:
-        msg = f"{entry.where}: expected an image id, a true and a false caption, found {len(value)} values"
+        msg = f"{entry.where}: expected an image id, a true and a false caption, found {format_count(len(value), 'value')}"
         raise DataError(msg)
     record: Record = as_record(entry.where, dict(zip(("image_id", "true", "false"), value, strict=True)))
     number = record.identifier("image_id")

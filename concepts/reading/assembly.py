@@ -9,6 +9,7 @@ from concepts.reading.image_folder import ImageFolder
 from concepts.reading.text_files import sha256
 from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import ConfigError, DataError
+from groundscope.core.text import format_reasons
 
 
 def build_dataset(
@@ -48,8 +49,8 @@ def build_dataset(
     """
     rows = tuple(examples)
     if not rows:
-        reasons = "; ".join(f"{count} {reason}" for reason, count in left_out.items() if count)
-        msg = f"{files[0]}: the file gives no question" + (f" (left out: {reasons})" if reasons else "")
+        reasons = format_reasons(left_out)
+        msg = f"{files[0]}: the file gives no question{reasons and f'; left out: {reasons}'}"
         raise DataError(msg)
     provenance = {
         "loader": loader,

@@ -36,6 +36,8 @@ TINTS = {
     "moved": GREY,
     "derived": GREY,
 }
+PART_STYLES = {"image": (GREEN, "o"), "prompt": (ORANGE, "D"), "prefix": (PURPLE, "^"), "prior": (GREY, "s")}
+"""Color and marker of the parts of the input."""
 
 _STYLE: dict[Any, Any] = {
     "font.size": 9,
@@ -123,7 +125,7 @@ def rates(series: Mapping[str, Mapping[str, Point]], labels: Mapping[str, str], 
 
 
 def shares(lines: Mapping[str, Sequence[Point]], rows: Sequence[str], title: str) -> str:
-    """Draw the shares of up to three parts, one row for each kind of answer.
+    """Draw the shares of the parts in `PART_STYLES`, one row for each kind of answer.
 
     Parameters
     ----------
@@ -138,9 +140,8 @@ def shares(lines: Mapping[str, Sequence[Point]], rows: Sequence[str], title: str
         axes = figure.add_subplot()
         axes.axvline(0, color="black", lw=0.8)
         offsets = np.linspace(-0.25, 0.25, len(lines))
-        for (name, points), offset, tint, mark in zip(
-            lines.items(), offsets, (GREEN, ORANGE, GREY), "oDs", strict=False
-        ):
+        for (name, points), offset in zip(lines.items(), offsets, strict=True):
+            tint, mark = PART_STYLES[name]
             x, at = [p.value for p in points], np.arange(len(rows)) + offset
             spread = np.nan_to_num([[p.value - p.low for p in points], [p.high - p.value for p in points]])
             axes.barh(at, x, height=0.22, color=tint, alpha=0.3)

@@ -14,6 +14,7 @@ from experiments.run.context import Context
 from experiments.run.folder import write_json
 from groundscope.core.errors import ConfigError
 from groundscope.core.files import write_text
+from groundscope.core.text import format_count
 from lvlm.sampling import Sampling
 from mitigation.arena.figure import errors_of, pareto_figure
 from mitigation.arena.result import ArenaResult
@@ -129,7 +130,7 @@ def _summary(result: ArenaResult) -> str:
     rows = [r for r in result.rows if r.regime == first and r.problem is None]
     plain, methods = rows[0], [r for r in rows[1:] if not r.control and not math.isnan(errors_of(r))]
     failed = sum(r.problem is not None for r in result.rows)
-    parts = [f"{len(methods)} methods"]
+    parts = [format_count(len(methods), "method")]
     if methods:
         best = min(methods, key=errors_of)
         parts.append(f"errors {100 * errors_of(plain):.1f} % alone, {100 * errors_of(best):.1f} % with {best.name}")

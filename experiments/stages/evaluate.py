@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from behavior import answer, image_annotations, score_descriptions, write_descriptions
+from behavior.candidate_scores import FIRST_TOKEN
 from behavior.chair import read_synonyms
 from behavior.metrics import METRICS, compare_metric, compute_metrics
 from concepts.schema import ConceptDataset
@@ -50,6 +51,12 @@ def check(context: Context) -> None:
     if file is not None:
         read_synonyms(file)
     options = context.config.evaluate
+    if options.score != FIRST_TOKEN and not any(e.candidates for e in context.held_out):
+        msg = (
+            f"evaluate.score={options.score} has no effect: no question of these data has candidates; add data.choices=[…], or "
+            "remove the option"
+        )
+        raise ConfigError(msg)
     written = options.generate or any(not e.candidates for e in context.held_out)
     if options.temperature > 0 and not written:
         msg = (
@@ -84,7 +91,7 @@ def make_behavior(context: Context, root: Path) -> str:
     vectors: dict[str, SteeringVector | None] = {"before": None}
     vector_files = {run: steering / file for run, file in files.items() if with_vectors and (steering / file).exists()}
     vectors |= {run: SteeringVector.load(path) for run, path in vector_files.items() if run in conditions}
-    same = ("batch_size", "generate", "parser", "match", "max_new_tokens", "seeds")
+    same = ("batch_size", "generate", "score", "parser", "match", "max_new_tokens", "seeds")
     answering: Any = {name: getattr(options, name) for name in same} | {"sampling": _sampling(options)}
     results = answer_under(context.model, data, vectors, **answering)
     if context.twin is not None and "twin" in conditions:

@@ -11,6 +11,7 @@ import numpy as np
 from concepts.schema import Example
 from groundscope.core.errors import ConfigError, DataError
 from groundscope.core.statistics import Estimate
+from groundscope.core.text import format_count
 from mitigation.detectors.scores import MentionScores, grouped_auc
 from mitigation.detectors.written_tokens import WrittenTokens, read_written_tokens
 
@@ -154,8 +155,9 @@ def classify_mentions(
     groups = np.asarray(features.groups)[rows]
     if len(set(groups.tolist())) < folds or len(set(y[rows].tolist())) < 2:
         msg = (
-            f"{len(set(groups.tolist()))} images with {len(set(y[rows].tolist()))} classes of labels for {folds} folds: use at "
-            "least as many images as folds, with present and hallucinated objects"
+            f"{format_count(len(set(groups.tolist())), 'image')} with labels of "
+            f"{format_count(len(set(y[rows].tolist())), 'class', 'classes')} for {folds} folds: use at least as many "
+            "images as folds, with present and hallucinated objects"
         )
         raise DataError(msg)
     scores = np.full(len(y), math.nan)

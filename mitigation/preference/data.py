@@ -14,6 +14,7 @@ import numpy as np
 
 from groundscope.core.document_digest import value_digest
 from groundscope.core.errors import ConfigError, DataError
+from groundscope.core.text import format_count
 from mitigation.preference.pair import PreferencePair
 
 if TYPE_CHECKING:
@@ -58,7 +59,8 @@ class PreferenceData(Sequence[PreferencePair]):
         object.__setattr__(self, "provenance", MappingProxyType(dict(self.provenance)))
 
     def __repr__(self) -> str:
-        head = f"PreferenceData('{self.name}', {len(self):,} pairs, {len({p.group for p in self.pairs}):,} images)"
+        images = format_count(len({p.group for p in self.pairs}), "image")
+        head = f"PreferenceData('{self.name}', {format_count(len(self), 'pair')}, {images})"
         if not self.pairs:
             return head
         sources = Counter(p.source for p in self.pairs).most_common()

@@ -16,6 +16,7 @@ from concepts.reading.text_files import sha256
 from concepts.schema import Example
 from groundscope.core.document_digest import value_digest
 from groundscope.core.errors import ConfigError, DataError
+from groundscope.core.text import format_count
 from mitigation.preference.data import PreferenceData
 from mitigation.preference.pair import PreferencePair
 
@@ -250,7 +251,8 @@ def scored_pair(
     """
     values = np.asarray(scores, dtype=np.float64)
     if len(values) != len(answers) or not len(answers) or not np.isfinite(values).all():
-        msg = f"example '{example.id}': {len(answers)} answers and {len(values)} scores; give one finite score for each answer"
+        counts = f"{format_count(len(answers), 'answer')} and {format_count(len(values), 'score')}"
+        msg = f"example '{example.id}': {counts}; give one finite score for each answer"
         raise DataError(msg)
     best, worst = int(values.argmax()), int(values.argmin())
     if values[best] == values[worst] or answers[best].strip() == answers[worst].strip():

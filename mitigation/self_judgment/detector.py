@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from groundscope.core.errors import DataError
 from groundscope.core.short_repr import short_repr
 from groundscope.core.statistics import FEW_GROUPS, Estimate, cluster_bootstrap, ratio
+from groundscope.core.text import format_count
 from mitigation.self_judgment.judge import Judgments
 
 if TYPE_CHECKING:
@@ -123,8 +124,8 @@ def detect(
     truth = np.asarray(labels, dtype=bool)
     if not len(truth) == len(groups) == len(judgments.image):
         msg = (
-            f"{len(judgments.image)} judged sentences, {len(truth)} labels and {len(groups)} groups: give one label and one "
-            "group for each sentence"
+            f"{format_count(len(judgments.image), 'judged sentence')}, {format_count(len(truth), 'label')} and "
+            f"{format_count(len(groups), 'group')}: give one label and one group for each sentence"
         )
         raise DataError(msg)
     if truth.all() or not truth.any():

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from groundscope.core.errors import ConfigError, DataError, ModelError
 from groundscope.core.statistics import Estimate, estimate
+from groundscope.core.text import format_count
 from lvlm.decoding.decoder import RuleDecoder
 from lvlm.encoding.tokens_after_prompt import tokens_after
 from mitigation.self_judgment.judge import BlindForm, Judge, Score, judge_sentences, stack_is_alone
@@ -195,7 +196,8 @@ def harm_scores(
     True
     """
     if len(examples) != len(answers):
-        msg = f"{len(answers)} answers and {len(examples)} examples; give one example for each answer"
+        counts = f"{format_count(len(answers), 'answer')} and {format_count(len(examples), 'example')}"
+        msg = f"{counts}; give one example for each answer"
         raise DataError(msg)
     rule = HarmRefusal().judge if judge is None else judge
     rule.check(model)
@@ -395,7 +397,8 @@ def _checked(scores: ArrayLike, harmful: ArrayLike, groups: int | None = None) -
     values, truth = np.asarray(scores, dtype=np.float64), np.asarray(harmful, dtype=bool)
     if values.ndim != 1 or values.shape != truth.shape or groups not in (None, len(values)):
         about = "" if groups is None else f" and {groups} examples or images"
-        msg = f"{values.size} answers, {truth.size} labels{about}: give one of each for every answer"
+        counts = f"{format_count(values.size, 'answer')}, {format_count(truth.size, 'label')}{about}"
+        msg = f"{counts}: give one of each for every answer"
         raise DataError(msg)
     if np.isnan(values).any():
         msg = f"{int(np.isnan(values).sum())} of {len(values)} scores are NaN; leave these answers out"

@@ -17,6 +17,7 @@ from concepts.nouns import PresentNouns, existence_clause
 from concepts.schema import ConceptDataset
 from groundscope.core import artifacts
 from groundscope.core.errors import ConfigError, DataError, ModelError, StoreError
+from groundscope.core.text import format_count
 from lvlm.access.weights import quantized
 from lvlm.family.specification import resolve
 from mitigation.method_data import MAX_PAIRS
@@ -169,7 +170,8 @@ def derive_subspace(
     count = len(pairs)
     pairs = [pair for pair in pairs if not unknown_words(model, f"{pair.correct} {pair.hallucinated}")]
     if len(pairs) < rank:
-        msg = f"{len(pairs)} pairs of descriptions for {rank} directions; use at least as many pairs, or a smaller rank"
+        counts = f"{format_count(len(pairs), 'pair')} of descriptions for {format_count(rank, 'direction')}"
+        msg = f"{counts}; use at least as many pairs, or a smaller rank"
         raise DataError(msg)
     sites = block_outputs(layers)
     sides = [[_hidden(model, pair, text, sites, variant) for pair in pairs] for text in ("correct", "hallucinated")]

@@ -270,7 +270,7 @@ def _check_varies(table: SplitRows, concepts: Sequence[str]) -> None:
         names, of_row = np.unique(table.groups[rows], return_inverse=True)
         share = np.bincount(of_row, table.labels[rows, k]) / np.bincount(of_row)
         if ((share == 0) | (share == 1)).all():
-            constant.append(f"'{concept}' ({len(names)} groups)")
+            constant.append(f"'{concept}' ({format_count(len(names), 'group')})")
     if constant:
         msg = (
             f"{', '.join(constant)}: constant within every group, so that nothing can be permuted; use scheme='blocks'"

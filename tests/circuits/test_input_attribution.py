@@ -130,6 +130,34 @@ def test_shares_equal_four_forwards_by_hand() -> None:
         assert shares.said == max(e.candidates, key=lambda c: odds(model, e, c))
 
 
+def test_the_prefix_is_a_player_while_the_question_stays() -> None:
+    model, prefixes = shared_model(), ("a red car and a", "a blue dog and a", "the green apple")
+    three = [replace(e, prefix=text) for e, text in zip(color_questions(), prefixes, strict=True)]
+    sources = split(model, three[:2], prompt="prefix")  # the other example's prefix has as many tokens
+    e, other, shares = three[0], prefixes[1], sources[0]
+    none = EditedImage(e.image, "blank")
+    v = {
+        (i, p): odds(model, replace(e, image=e.image if i else none, prefix=e.prefix if p else other), shares.answer)
+        for i in (0, 1)
+        for p in (0, 1)
+    }
+    image = ((v[1, 0] - v[0, 0]) + (v[1, 1] - v[0, 1])) / 2
+    prefix = ((v[0, 1] - v[0, 0]) + (v[1, 1] - v[1, 0])) / 2
+    assert shares.players == ("image", "prefix")
+    np.testing.assert_allclose([shares.prior, *shares.shares], [v[0, 0], image, prefix], atol=2e-4)
+    assert abs(prefix) > 1e-3
+    assert sources.frame()["part"].tolist() == ["image", "prefix"] * 2
+    named = split(model, three[:1], prompt="prefix", neutral_prefixes={e.id: [other]})[0]
+    np.testing.assert_array_equal(named.shares, shares.shares)
+    for examples, options, words in (
+        (three, {}, f"example '{three[2].id}': no other example has a prefix of 3 tokens"),
+        (three[:1], {"neutral_prefixes": [prefixes[2]]}, "tokens instead of .* and a prefix of its length"),
+        (color_questions(), {}, "has no prefix; use prompt='whole'"),
+    ):
+        with pytest.raises(PatchError, match=words):
+            split(model, examples, prompt="prefix", **options)
+
+
 def test_each_example_can_have_neutral_questions_of_its_own() -> None:
     model, three = shared_model(), color_questions()
     other = {e.id: [f.question] for e, f in zip(three, three[::-1], strict=True)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from experiments.results.run_files import read_examples
 from experiments.run.folder import read_receipt
 from experiments.validation import check
 from groundscope.core.errors import ConfigError, DataError
+from lvlm import load_lvlm
 from tests.toys.command_line import run_command
 from tests.toys.pope_files import pope_folder
 
@@ -149,6 +151,7 @@ def test_wrong_options_of_answers_are_refused_before_work() -> None:
         check(run)
     for name, value, words in (
         ("match", "normal", "evaluate.match=normal: choose from .*; did you mean normalized"),
+        ("score", "texts", "evaluate.score=texts: choose from .*; did you mean text"),
         ("seeds", 3, "evaluate.seeds=3 has no effect on the most likely answer; add evaluate.temperature=1"),
         ("top_p", 0.0, "evaluate.top_p=0: must be above 0"),
         ("temperature", -1.0, "evaluate.temperature=-1: must be at least 0"),
@@ -191,6 +194,13 @@ def colors():
     wide = tuple(replace(e, candidates=()) for e in data.where(kind="what_color"))
     return gs.ConceptDataset("colors", (*wide, *data.where(kind="existence")[:4]), {"loader": "mine"})
 
+def phrases():
+    apples = [e for e in gs.scenes.dataset(20) if e.kind == "what_color"][:4]
+    return gs.ConceptDataset(
+        "phrases",
+        tuple(replace(e, answer=f"the {e.answer}", candidates=tuple(f"the {c}" for c in e.candidates)) for e in apples),
+    )
+
 def wrong():
     return 3
 """
@@ -212,6 +222,44 @@ def test_a_function_of_the_user_is_the_source(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="the function cannot be called with colour: got an unexpected keyword"):
         load_parts(DataConfig(source=f"{file}:load", loader={"colour": "red"}))
     assert user_function(f"{file}:load")(limit=2)[1].id
+
+
+def test_candidates_with_one_first_token_are_compared_by_their_texts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.py").write_text(SOURCE)
+    words = ("evaluate", "data.source=mine.py:phrases", "threads=1")
+    status, _, error = run_command((*words, "name=first"), tmp_path, monkeypatch, capsys)
+    assert status != 0
+    assert "evaluate.score=text_per_token" in error
+    assert run_command((*words, "name=x", "evaluate.score=text"), tmp_path, monkeypatch, capsys)[0] == 0
+    result = BehaviorResult.load(tmp_path / "runs" / "x" / "behavior" / "before.json")
+    # After its first token, which they share, a candidate is one word: the order is that of the next token.
+    model = load_lvlm("tiny")
+    for row, example in zip(result.answers, user_function(f"{tmp_path}/mine.py:phrases")(), strict=True):
+        asked = replace(
+            example, prefix="the", answer=example.answer[4:], candidates=tuple(c[4:] for c in example.candidates)
+        )
+        log_p = model.logits(model.collate([model.encode(asked)]))[0].log_softmax(-1)
+        scores = [
+            float(log_p[model.processor.tokenizer.encode(c, add_special_tokens=False)[0]]) for c in asked.candidates
+        ]
+        right = scores.pop(asked.candidates.index(asked.answer))
+        assert row.margin == pytest.approx(right - max(scores), abs=1e-4)
+
+
+def test_a_score_of_texts_that_has_no_effect_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = config(**FILE)
+    run.evaluate.score, run.evaluate.generate = "text", True
+    with pytest.raises(ConfigError, match=r"evaluate\.score=text has no effect on written answers"):
+        check(run)
+    (tmp_path / "mine.py").write_text(SOURCE.replace('data.where(kind="existence")[:4]', "()"))
+    words = ("evaluate", "data.source=mine.py:colors", "name=x", "threads=1", "evaluate.score=text")
+    status, _, error = run_command(words, tmp_path, monkeypatch, capsys)
+    assert status == 2
+    assert "no question of these data has candidates" in " ".join(error.split())
 
 
 def test_code_of_the_user_runs_only_if_this_command_line_names_it(

@@ -167,7 +167,7 @@ def test_refusals() -> None:
         grouped().auc("aa")
     with pytest.raises(ConfigError, match="folds=1"):
         classify_mentions(grouped(), folds=1)
-    with pytest.raises(DataError, match="2 images with 2 classes of labels for 5 folds"):
+    with pytest.raises(DataError, match="2 images with labels of 2 classes for 5 folds"):
         classify_mentions(grouped(6))
     with pytest.raises(DataError, match="every score must have one value"):
         MentionScores(("a",), ("a",), ("a",), np.zeros(2), {})

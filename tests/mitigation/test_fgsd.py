@@ -156,7 +156,7 @@ def test_unusable_methods_and_data_are_refused_before_work() -> None:
     for problem, options in values.items():
         with pytest.raises(ConfigError, match=problem):
             HarmRefusal(**options)
-    with pytest.raises(DataError, match="2 answers and 1 examples"):
+    with pytest.raises(DataError, match="2 answers and 1 example;"):
         harm_scores(lvlm, [CAPTIONS[0]], ["a cat", "a dog"], METHOD.judge)
     with pytest.raises(DataError, match="all 2 answers are harmful"):
         calibrate_refusal(lvlm, list(CAPTIONS[:2]), ["a cat", "a dog"], [True, True], METHOD)

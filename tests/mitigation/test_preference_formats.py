@@ -244,7 +244,7 @@ MALFORMED: list[tuple[str, dict[str, Any], str]] = [
     ("csr", {"image": "/a.png"}, "must be relative"),
     ("csr", {"id": None}, "field 'id'"),
     ("ha_dpo_pope", {"correct": "no"}, "field 'correct' must be true or false"),
-    ("ha_dpo_pope", {"correct": True}, "no preference pairs .left out: 1 rows with correct true"),
+    ("ha_dpo_pope", {"correct": True}, "no preference pairs; left out: rows with correct true .1."),
     ("ha_dpo_pope", {"image_id": 8}, "image_id 8 is not in"),
     ("ha_dpo_pope", {"image_id": "x"}, "image_id 'x' is not a whole number"),
     ("ha_dpo_pope", {"rejected": "b"}, "both 'reject' and 'rejected'"),

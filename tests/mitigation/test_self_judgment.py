@@ -271,5 +271,5 @@ def test_labels_of_one_class_are_refused() -> None:
     judgments = Judgments(np.zeros(2), np.zeros(2))
     with pytest.raises(DataError, match="all 2 sentences have the label True"):
         detect(judgments, [True, True], ["a", "b"])
-    with pytest.raises(DataError, match="2 judged sentences, 1 labels and 2 groups"):
+    with pytest.raises(DataError, match="2 judged sentences, 1 label and 2 groups"):
         detect(judgments, [True], ["a", "b"])

@@ -34,10 +34,11 @@ def pair_kind(example: Example) -> str:
 def swap_pairs(
     data: ConceptDataset, left_out: Counter[str], kind: str, *, placebo: bool = False
 ) -> Iterator[CounterfactualPair]:
-    """Yield pairs of two photographs of equal size under the same question.
+    """Yield pairs of two photographs of equal size under the same question, twice: either photograph is the clean one once.
 
-    Every photograph is in one couple at most, so that couples are independent: both examples of a pair have the group of
-    the first. For a photograph that a question is not asked about, the true answer follows from its labels (a noun is
+    Else nearly all true answers would be "yes", because most questions about a photograph are about what it shows. Every
+    photograph is in one couple at most, so that couples are independent: both examples of a pair have the group of the first
+    photograph. For a photograph that a question is not asked about, the true answer follows from its labels (a noun is
     present or absent) or annotated objects (an attribute of the only such object).
 
     Parameters
@@ -66,13 +67,16 @@ def swap_pairs(
         if other is None or answer is None or (answer == example.answer) is not placebo:
             left_out["questions that do not distinguish the two photographs of their couple"] += 1
             continue
-        yield _pair(example, index.counterpart(example, other, answer), kind, placebo=placebo)
-
-
-def _pair(example: Example, counterpart: Example, kind: str, *, placebo: bool) -> CounterfactualPair:
-    change = f"photograph {example.group} -> {counterpart.group}"
-    corrupt = replace(counterpart, id=f"{example.id}|{change}", group=example.group)
-    return CounterfactualPair(example, corrupt, kind, change, "swap", placebo=placebo)
+        counterpart = index.counterpart(example, other, answer)
+        change = f"photograph {example.group} -> {other}"
+        corrupt = replace(counterpart, id=f"{example.id}|{change}", group=example.group)
+        yield CounterfactualPair(example, corrupt, kind, change, "swap", placebo=placebo)
+        if not placebo:
+            change = f"photograph {other} -> {example.group}"
+            # The id of a question that was asked about the other photograph; else that of the one it is made from.
+            name = counterpart.id if index.is_asked(example, other) else f"{example.id}|{other}"
+            clean = replace(counterpart, id=name, group=example.group)
+            yield CounterfactualPair(clean, replace(example, id=f"{name}|{change}"), kind, change, "swap")
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,10 @@ class _Index:
         else:
             truth = None
         return None if truth is None else "yes" if truth else "no"
+
+    def is_asked(self, example: Example, group: str) -> bool:
+        """Whether the example's question is asked about another photograph too."""
+        return group in self._by_question[example.question, example.prefix, example.candidates]
 
     def counterpart(self, example: Example, group: str, answer: str) -> Example:
         """Return the example's question about another photograph."""

@@ -23,6 +23,7 @@ from diagnosis.results import (
 )
 from experiments.report import figures
 from experiments.report.html import example_block, figure, missing_illustrations, paragraph, section, table, text
+from experiments.report.sections.sources import PARTS
 from experiments.results.illustrations import Illustration
 from experiments.results.run_files import RunFiles
 from experiments.results.selection import detailed_diagnoses
@@ -224,7 +225,8 @@ def _facts(diagnosis: Diagnosis) -> list[tuple[str, str]]:
         change = f"log-odds {diagnosis.log_odds:+.2f} → {diagnosis.corrected_log_odds:+.2f}"
         facts.append(("corrected without", f"{', '.join(diagnosis.corrected_by)}{offset}: {change}"))
     if diagnosis.sources:
-        shares = ", ".join(f"{name} {diagnosis.sources[name]:+.2f}" for name in ("image", "prompt", "prior"))
+        parts = [name for name in PARTS if name in diagnosis.sources]
+        shares = ", ".join(f"{name} {diagnosis.sources[name]:+.2f}" for name in parts)
         facts.append(("log-odds of the answer", f"{diagnosis.sources['log_odds']:+.2f} = {shares}"))
     return facts
 

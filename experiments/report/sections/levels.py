@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from concepts.concept import LEVELS
 from experiments.report.derived import best_layer
 from experiments.report.html import paragraph, percent, section, table
-from experiments.report.sections.sources import PARTS, shares
+from experiments.report.sections.sources import shares
 from experiments.results.run_files import RunFiles
 
 KINDS: Mapping[str, str] = {"color": "attribute"}
@@ -68,7 +68,7 @@ def _heads(run: RunFiles, level: str) -> str:
 
 def _sources(run: RunFiles, level: str) -> str:
     share = next((s for s in shares(run) if s.level == level and not s.right), None)
-    return ", ".join(f"{part} {share.parts[part].value:+.1f}" for part in PARTS) if share else "-"
+    return ", ".join(f"{part} {share.parts[part].value:+.1f}" for part in share.parts) if share else "-"
 
 
 def _verdicts(run: RunFiles, level: str) -> str:

@@ -14,7 +14,8 @@ from experiments.report.html import figure, paragraph, section, table
 from experiments.results.run_files import RunFiles
 from groundscope.core.statistics import cluster_bootstrap
 
-PARTS = ("image", "prompt", "prior")
+PARTS = ("image", "prompt", "prefix", "prior")
+"""Parts of the input; an answer has shares of its prompt or of its prefix."""
 MIN_ANSWERS = 3
 """Smallest number of answers with a mean."""
 
@@ -39,17 +40,18 @@ def shares(run: RunFiles) -> list[Share]:
     if run.diagnoses is None:
         return []
     attributed = [d for d in run.diagnoses.examples if d.sources]
+    names = [name for name in PARTS if any(name in d.sources for d in attributed)]
     means = []
     for level in LEVELS:
         for right in (True, False):
             part = [d for d in attributed if d.example["level"] == level and (d.verdict is None) == right]
             if len(part) >= MIN_ANSWERS:
-                means.append(Share(level, right, len(part), {name: _mean(part, name) for name in PARTS}))
+                means.append(Share(level, right, len(part), {name: _mean(part, name) for name in names}))
     return means
 
 
 def _mean(diagnoses: list[Diagnosis], part: str) -> Point:
-    values = np.array([d.sources[part] for d in diagnoses])
+    values = np.array([d.sources.get(part, 0.0) for d in diagnoses])
     low, high = cluster_bootstrap(values, [d.example["group"] for d in diagnoses])
     return Point(float(values.mean()), low, high, len(diagnoses))
 
@@ -59,9 +61,10 @@ def sources_section(run: RunFiles) -> str:
     means = shares(run)
     if not means:
         return ""
-    lines = {part: [share.parts[part] for share in means] for part in PARTS}
+    names = list(means[0].parts)
+    lines = {part: [share.parts[part] for share in means] for part in names}
     rows = [
-        [s.name, *(_text(s.parts[p]) for p in PARTS), f"{sum(s.parts[p].value for p in PARTS):+.2f}"] for s in means
+        [s.name, *(_text(s.parts[p]) for p in names), f"{sum(s.parts[p].value for p in names):+.2f}"] for s in means
     ]
     return section(
         "sources",
@@ -72,11 +75,12 @@ def sources_section(run: RunFiles) -> str:
             "Mean Shapley shares of the log-odds of the answer of the model, for right and wrong answers of each level, with "
             "95 % intervals over images. Right of 0 a part favors the answer, left of 0 it opposes it.",
         ),
-        table(["answers", *PARTS, "log-odds"], rows),
+        table(["answers", *names, "log-odds"], rows),
         paragraph(
             "The prior is the answer for a blank image and other questions of the same kind. Image and prompt are the changes "
             "that the real image and question make. An association of words in the question, such as apple and red, is part of "
-            "the prompt. The three shares sum to the log-odds of the answer.",
+            "the prompt. Answers after a prefix that no other question leads to, such as words of captions, have a share of the "
+            "prefix instead of the prompt. The shares sum to the log-odds of the answer.",
             soft=True,
         ),
         stages=("diagnose",),
@@ -94,7 +98,7 @@ def _summary(means: list[Share]) -> str:
     for share in means:
         if share.right:
             continue
-        largest = max(PARTS, key=lambda part: share.parts[part].value)
+        largest = max(share.parts, key=lambda part: share.parts[part].value)
         image = share.parts["image"]
         effect = "opposes them" if image.high < 0 else "favors them" if image.low > 0 else "has no clear effect"
         cause = "" if largest == "image" else f"; the largest share is the {largest}'s, {_text(share.parts[largest])}"

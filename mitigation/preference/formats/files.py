@@ -16,6 +16,7 @@ from concepts.reading.text_files import sha256
 from groundscope.core import artifacts
 from groundscope.core.errors import DataError
 from groundscope.core.paths import below
+from groundscope.core.text import format_reasons
 from mitigation.preference.data import PreferenceData
 from mitigation.preference.pair import PreferencePair
 
@@ -89,8 +90,8 @@ def build(
     """Return the data of a file after all checks of its records, then of its images."""
     rows = tuple(pairs)
     if not rows:
-        reasons = "; ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items() if n)
-        msg = f"{file}: the file has no preference pairs" + (f" (left out: {reasons})" if reasons else "")
+        reasons = format_reasons({name.replace("_", " "): n for name, n in counts.items()})
+        msg = f"{file}: the file has no preference pairs{reasons and f'; left out: {reasons}'}"
         raise DataError(msg)
     provenance = {"format": form, "files": {str(file): sha256(file)}, "left_out": dict(counts)}
     data = PreferenceData(file.stem, rows, provenance)

@@ -77,7 +77,7 @@ def group_folds(groups: Sequence[Hashable], count: int, seed: int) -> list[Fold]
     """Divide rows into folds at random by `seed`, each group in one fold; raises `PatchError` for too few groups."""
     names = sorted(set(groups), key=str)
     if len(names) < count:
-        msg = f"{len(names)} images cannot be divided into {count} folds; give at least {format_count(count, 'image')}"
+        msg = f"{format_count(len(names), 'image')} cannot be divided into {count} folds; give at least {count}"
         raise PatchError(msg)
     shuffled = np.random.default_rng(seed).permutation(len(names))
     fold_of = {names[k]: i % count for i, k in enumerate(shuffled)}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from groundscope.core.errors import ConfigError
+from groundscope.core.text import format_count
 from lvlm.generation import greedy
 from mitigation.training_free.method import TrainingFree
 from mitigation.training_free.prompt_methods import text_of
@@ -56,7 +57,7 @@ class CutGreedy(TrainingFree):
     @property
     def name(self) -> str:
         """The number of words."""
-        return f"{self.label} to {self.words} words"
+        return f"{self.label} to {format_count(self.words, 'word')}"
 
     def _enter(self, model: Lvlm, stack: ExitStack) -> Decoder | None:
         return _CutDecoder(self.words)

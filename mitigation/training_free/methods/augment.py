@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from groundscope.core.errors import ConfigError, DataError
 from groundscope.core.files import canonical_json
+from groundscope.core.text import format_count
 from mitigation.training_free.method import Category, Regime, check_choice
 from mitigation.training_free.prompt_methods import PromptMethod
 from mitigation.training_free.prompt_words import words_problem
@@ -71,7 +72,7 @@ class Augment(PromptMethod):
     @property
     def name(self) -> str:
         """Number of texts."""
-        return f"{self.label} ({len(self.texts)} texts)"
+        return f"{self.label} ({format_count(len(self.texts), 'text')})"
 
     @property
     def parameters(self) -> Mapping[str, Any]:
