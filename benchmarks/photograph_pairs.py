@@ -1,24 +1,30 @@
 """Heads selected with pairs of photographs, against heads selected with pairs of icon scenes.
 
-    python benchmarks/photograph_pairs.py [--quick] [--pairs 60] [--save]
+    python benchmarks/photograph_pairs.py [--quick] [--pairs 120] [--save]
 
 The data is synthetic: the photographs are icon scenes saved as JPEG files (quality 75), whose pairs are made by editing
-pixels. For each kind of pair, heads of the embedded model are patched exactly on pairs of scenes (the baseline) and, for each
-method of editing, on pairs of photographs of other scenes. Figures:
+pixels. For each kind of pair, heads of the embedded model are patched exactly on pairs of scenes (the baseline, twice as many
+pairs) and, for each method of editing, on pairs of photographs of other scenes. `mirror` is compared with pairs of scenes for
+questions about left and right, which are the only ones that it can answer. Figures:
 
 KIND_METHOD_correlation_share
-    rank correlation of both rankings, divided by that of two disjoint halves of the scene pairs, the largest value to expect;
+    rank correlation of both rankings, divided by that of two halves of the scene pairs, the largest value to expect (the median
+    of 200 random splits; its range is in the table);
 KIND_METHOD_best_five
     heads in common among the best five;
 KIND_METHOD_first_head
     effect on photographs of the best head of the scenes; the goal is its interval on scenes.
 
-A method with fewer than 10 pairs has a row in the table, but no figures. The table also shows how far the edit moves the margin
-of the answer, and how far a placebo edit does, after which the true answer is the same.
+A method with fewer than 10 pairs has a row in the table, but no figures. The table separates the reasons of a difference: the
+same questions about the same scenes are patched with drawn pairs too, so that "drawn, same questions" differs from the baseline
+by the questions, and "photographs against drawn" by the edit alone; "halves of photographs" is the agreement of the pairs of
+photographs with themselves, which is low if other things that differ between two images add noise. It also shows how far the
+edit moves the margin of the answer, and how far a placebo edit does, after which the true answer is the same.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 import tempfile
 import time
@@ -33,8 +39,8 @@ from rich.table import Table
 from benchmarks._harness import describe_device, finish, option_parser, progress, wide_console
 from circuits import HeadScores, compare, patch_heads
 from concepts import counterfactuals, scenes
-from concepts.counterfactuals import METHODS, PairSet
-from concepts.schema import ConceptDataset
+from concepts.counterfactuals import METHODS
+from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import GroundscopeError
 from groundscope.testing.scene_photographs import save_as_photographs
 from lvlm import load_lvlm
@@ -44,6 +50,8 @@ from lvlm.model import Lvlm
 KINDS = ("object", "color", "relation")
 MIN_CORRELATION = 0.9
 """Goal: correlation of photographs and scenes, as a share of the scenes' own split-half correlation."""
+PLACEBOS = 20
+"""Largest number of placebo pairs whose margins are measured."""
 MIN_PAIRS = 10
 """Smallest number of pairs of photographs for figures."""
 MIN_OVERLAP = {"object": 4, "color": 4, "relation": 0}
@@ -53,7 +61,7 @@ MIN_OVERLAP = {"object": 4, "color": 4, "relation": 0}
 def main() -> None:
     """Run, print a table, and as the last line one JSON object."""
     parser = option_parser(__doc__, quick="12 pairs of each kind and method", save=True)
-    parser.add_argument("--pairs", type=int, default=60, help="pairs of photographs of each kind and method")
+    parser.add_argument("--pairs", type=int, default=120, help="pairs of photographs of each kind and method")
     options = parser.parse_args()
     count = 12 if options.quick else options.pairs
     console, start = wide_console(), time.perf_counter()
@@ -64,10 +72,10 @@ def main() -> None:
     figures: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder, progress("kinds of pairs", len(KINDS)) as advance:
-        first = scenes.dataset(8 * count, seed=0)
-        photographs = save_as_photographs(scenes.dataset(8 * count, seed=1), folder, quality=75)
+        first, other = (scenes.dataset(8 * count, seed=seed) for seed in (0, 1))
+        photographs = save_as_photographs(other, folder, quality=75)
         for kind in KINDS:
-            rows += measure_kind(model, kind, first, photographs, count, figures)
+            rows += measure_kind(model, kind, first, other, photographs, count, figures)
             advance()
     console.print(as_table(rows))
     seconds = round(time.perf_counter() - start)
@@ -75,14 +83,16 @@ def main() -> None:
 
 
 def measure_kind(
-    model: Lvlm, kind: str, first: ConceptDataset, photographs: ConceptDataset, count: int, figures: dict[str, Any]
+    model: Lvlm,
+    kind: str,
+    first: ConceptDataset,
+    other: ConceptDataset,
+    photographs: ConceptDataset,
+    count: int,
+    figures: dict[str, Any],
 ) -> list[dict[str, Any]]:
     """Measure all methods for one kind of pair: add their figures to `figures`, and return one table row per method."""
-    own = patch_heads(model, counterfactuals.balanced_pairs(first, kind, limit=2 * count))
-    halves = [half(own, odd) for odd in (False, True)]
-    ceiling = compare(*halves, k=(5,)).rank_correlation.value
-    best = own.top(1)[0]
-    low, high = (bound[best.layer, best.head] for bound in own.interval())
+    baselines: dict[bool, HeadScores] = {}
     rows = []
     for method, entry in METHODS.items():
         if kind not in entry.kinds:
@@ -93,44 +103,82 @@ def measure_kind(
         except GroundscopeError as error:
             rows.append({"kind": kind, "method": method, "pairs": 0, "problem": str(error)[:200]})
             continue
-        comparison = compare(own, scores, k=(5,))
-        effect = float(scores.mean[best.layer, best.head])
-        correlation, overlap = comparison.rank_correlation.value, 5 * comparison.overlap[5].value
-        rows.append(
-            {
-                "kind": kind, "method": method, "pairs": scores.n_pairs, "left out": sum(pairs.left_out.values()),
-                "correlation": round(correlation, 3), "halves": round(ceiling, 3), "of five": round(overlap, 1),
-                "first head": str(best), "on scenes": [round(float(low), 3), round(float(high), 3)],
-                "on photographs": round(effect, 3), "moved": moved(model, pairs),
-                "moved by placebo": placebo_moved(model, photographs, kind, method, count),
-            }
-        )  # fmt: skip
+        sides = method == "mirror"
+        if sides not in baselines:
+            data = first.filter(about_sides) if sides else first
+            baselines[sides] = patch_heads(model, counterfactuals.balanced_pairs(data, kind, limit=2 * count))
+        own = baselines[sides]
+        row = {"kind": kind, "method": method, "pairs": scores.n_pairs, "left out": sum(pairs.left_out.values())}
+        row |= agreement(own, scores) | drawn_agreement(model, other, own, scores, kind)
+        moved_by = {
+            "moved": round(float(np.median(np.abs(scores.clean - scores.corrupt))), 3),
+            "moved by placebo": placebo_moved(model, photographs, kind, method, min(count, PLACEBOS)),
+        }
+        rows.append(row | moved_by)
         if scores.n_pairs < MIN_PAIRS:
             continue
-        name = f"{kind}_{method}"
+        name, n, share = f"{kind}_{method}", scores.n_pairs, row["correlation"] / row["halves"][1]
+        low, high = row["on scenes"]
         figures[f"{name}_correlation_share"] = {
-            "value": round(correlation / ceiling, 3), "goal": f">= {MIN_CORRELATION}",
-            "holds": correlation >= MIN_CORRELATION * ceiling, "n": scores.n_pairs,
+            "value": round(share, 3), "goal": f">= {MIN_CORRELATION}", "holds": share >= MIN_CORRELATION, "n": n,
         }  # fmt: skip
         if MIN_OVERLAP[kind]:
+            goal = MIN_OVERLAP[kind]
             figures[f"{name}_best_five"] = {
-                "value": round(overlap, 1), "goal": f">= {MIN_OVERLAP[kind]}", "holds": overlap >= MIN_OVERLAP[kind],
-                "n": scores.n_pairs,
+                "value": row["of five"], "goal": f">= {goal}", "holds": row["of five"] >= goal, "n": n,
             }  # fmt: skip
         figures[f"{name}_first_head"] = {
-            "value": round(effect, 3), "goal": f"in [{low:.3f}, {high:.3f}]", "holds": bool(low <= effect <= high),
-            "n": scores.n_pairs,
+            "value": row["on photographs"], "goal": f"in [{low:.3f}, {high:.3f}]",
+            "holds": bool(low <= row["on photographs"] <= high), "n": n,
         }  # fmt: skip
     return rows
 
 
-def half(scores: HeadScores, odd: bool) -> HeadScores:
-    """Return every second pair; pairs are of different scenes."""
-    return scores.select(np.arange(scores.n_pairs) % 2 == int(odd))
+def about_sides(example: Example) -> bool:
+    """Whether a question is about left or right."""
+    return " left of " in example.question or " right of " in example.question
 
 
-def moved(model: Lvlm, pairs: PairSet) -> float:
-    """Return the median absolute change of the log-odds of the first answer between the two images."""
+def agreement(own: HeadScores, scores: HeadScores) -> dict[str, Any]:
+    """Return the agreement of heads on photographs with those on scenes, and what limits it."""
+    comparison, halves = compare(own, scores, k=(5,)), own.stability().rank_correlation
+    best = own.top(1)[0]
+    low, high = (float(bound[best.layer, best.head]) for bound in own.interval())
+    return {
+        "correlation": round(comparison.rank_correlation.value, 3),
+        "halves": [round(value, 3) for value in (halves.low, halves.value, halves.high)],
+        "halves of photographs": round(scores.stability().rank_correlation.value, 3) if scores.n_pairs > 3 else math.nan,
+        "of five": round(5 * comparison.overlap[5].value, 1),
+        "first head": str(best), "on scenes": [round(low, 3), round(high, 3)],
+        "on photographs": round(float(scores.mean[best.layer, best.head]), 3),
+        "their difference": [
+            round(-float(bound[best.layer, best.head]), 3) for bound in (comparison.high, comparison.low)
+        ],
+    }  # fmt: skip
+
+
+def drawn_agreement(
+    model: Lvlm, other: ConceptDataset, own: HeadScores, scores: HeadScores, kind: str
+) -> dict[str, Any]:
+    """Return the agreement of drawn pairs for the same questions with the scenes and with the photographs."""
+    names = set(scores.ids)
+    pairs = counterfactuals.pairs(other.filter(lambda e: e.id in names), kind)
+    drawn = patch_heads(model, pairs)
+    same = scores.select(np.isin(scores.ids, drawn.ids))
+    best = own.top(1)[0]
+    return {
+        "drawn, same questions": round(compare(own, drawn, k=(5,)).rank_correlation.value, 3),
+        "photographs against drawn": round(compare(drawn, same, k=(5,)).rank_correlation.value, 3),
+        "first head, drawn": round(float(drawn.mean[best.layer, best.head]), 3),
+    }
+
+
+def placebo_moved(model: Lvlm, data: ConceptDataset, kind: str, method: str, count: int) -> float | None:
+    """Return the median absolute change of the log-odds in placebo pairs; None without such pairs."""
+    try:
+        pairs = counterfactuals.balanced_pairs(data, kind, method=method, placebo=True, limit=count)
+    except GroundscopeError:
+        return None
     differences = []
     for pair in pairs:
         key = answer_key(model, pair.clean)
@@ -140,14 +188,6 @@ def moved(model: Lvlm, pairs: PairSet) -> float:
         ]
         differences.append(abs(margins[0] - margins[1]))
     return round(float(np.median(differences)), 3)
-
-
-def placebo_moved(model: Lvlm, data: ConceptDataset, kind: str, method: str, count: int) -> float | None:
-    """Return the same for placebo pairs; None without such pairs."""
-    try:
-        return moved(model, counterfactuals.balanced_pairs(data, kind, method=method, placebo=True, limit=count))
-    except GroundscopeError:
-        return None
 
 
 def as_table(rows: list[dict[str, Any]]) -> Table:
