@@ -119,7 +119,7 @@ TABLE: Mapping[str, Stage] = MappingProxyType(
             needs=("examples",),
             options=lambda c: [key_options("patch", asdict(c.config.patch)), c.model_key()],
             work=_function("patch.make_head_scores"),
-            version=3,
+            version=4,
             check=_function("patch.check"),
         ),
         "steer": Stage(
@@ -144,7 +144,7 @@ TABLE: Mapping[str, Stage] = MappingProxyType(
             needs=("examples", "trace"),
             options=_diagnose_options,
             work=_function("diagnose.make_diagnoses"),
-            version=4,
+            version=5,
             check=_function("diagnose.check"),
         ),
         "export": Stage(
