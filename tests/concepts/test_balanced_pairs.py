@@ -9,8 +9,9 @@ from dataclasses import replace
 import pytest
 
 from concepts import counterfactuals, scenes
+from concepts.counterfactual_pair import CounterfactualPair
 from concepts.counterfactuals.pair_making import MAX_LEAD
-from concepts.schema import ConceptDataset, CounterfactualPair
+from concepts.schema import ConceptDataset
 from tests.toys.examples import example
 
 KIND = "by a test"

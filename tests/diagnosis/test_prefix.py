@@ -54,7 +54,9 @@ def test_a_wrong_word_of_a_caption_is_attributed_to_image_and_text(tmp_path: Pat
             },
             abs=1e-4,
         )
-        assert sum(v for k, v in sources[example.id].items() if k != "log_odds") == pytest.approx(expected.log_odds, abs=1e-4)
+        assert sum(v for k, v in sources[example.id].items() if k != "log_odds") == pytest.approx(
+            expected.log_odds, abs=1e-4
+        )
 
 
 def test_other_questions_come_before_other_prefixes(tmp_path: Path) -> None:
