@@ -279,7 +279,7 @@ def _option_texts(
 def sample_texts(texts: Sequence[str], seed: int, number: int) -> tuple[str, ...]:
     """Return at most `NEUTRAL_QUESTIONS` random texts, the same for the same seed and number of the example."""
     order = np.random.Generator(np.random.PCG64([seed, number])).permutation(len(texts))
-    return tuple(texts[k] for k in order[:NEUTRAL_QUESTIONS])
+    return tuple(texts[int(k)] for k in order[:NEUTRAL_QUESTIONS])
 
 
 def _check(
