@@ -24,7 +24,6 @@ edit moves the margin of the answer, and how far a placebo edit does, after whic
 
 from __future__ import annotations
 
-import math
 import sys
 import tempfile
 import time
@@ -147,7 +146,7 @@ def agreement(own: HeadScores, scores: HeadScores) -> dict[str, Any]:
     return {
         "correlation": round(comparison.rank_correlation.value, 3),
         "halves": [round(value, 3) for value in (halves.low, halves.value, halves.high)],
-        "halves of photographs": round(scores.stability().rank_correlation.value, 3) if scores.n_pairs > 3 else math.nan,
+        "halves of photographs": round(scores.stability().rank_correlation.value, 3) if scores.n_pairs > 3 else None,
         "of five": round(5 * comparison.overlap[5].value, 1),
         "first head": str(best), "on scenes": [round(low, 3), round(high, 3)],
         "on photographs": round(float(scores.mean[best.layer, best.head]), 3),

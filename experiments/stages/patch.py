@@ -83,7 +83,7 @@ def make_head_scores(context: Context, root: Path) -> str:
     if not done:
         return f"no head could be scored{note}: {next(iter(left_out.values()))}"
     counts = ", ".join(result.words(kind) for kind, result in done.items())
-    return f"{counts} pairs, every head patched exactly; top heads {', '.join(map(str, top))}{note}"
+    return f"pairs: {counts}; every head patched exactly; top heads {', '.join(map(str, top))}{note}"
 
 
 def _kinds(context: Context) -> list[str]:
