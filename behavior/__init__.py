@@ -23,6 +23,8 @@ Benchmarks:
     CHAIR: objects that captions name but the image does not contain.
 `benchmarks`
     Benchmarks in their released files: questions, answer files and verdicts, scored by the released rules.
+`card`
+    The evaluation card: frequency and severity of errors by benchmark, level and task, of several models.
 `judge_files`
     Benchmarks with a judge model: requests for the judge, and scores of its verdicts.
 
@@ -40,8 +42,8 @@ Analysis:
 `taxonomy`
     Wrong answers by level and kind: frequency, severity and harm.
 
-Of the public names, `amber`, `benchmarks`, `judge_files`, `metrics`, `mme` and `taxonomy` are modules; `chair` and `pope` are
-functions.
+Of the public names, `amber`, `benchmarks`, `card`, `judge_files`, `metrics`, `mme` and `taxonomy` are modules; `chair` and
+`pope` are functions.
 """
 
 import lazy_loader

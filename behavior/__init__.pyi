@@ -1,10 +1,11 @@
 """Public names of `behavior`, each with its module."""
 
-from . import amber, benchmarks, judge_files, metrics, mme, taxonomy
+from . import amber, benchmarks, card, judge_files, metrics, mme, taxonomy
 from .answer_files import load_answers
 from .answering import answer, answer_each
 from .benchmark_table import BenchmarkRow, BenchmarkTable, benchmark_table
 from .bleu import bleu
+from .card import EvaluationCard, evaluation_card
 from .chair import ChairResult, chair
 from .comparison import Comparison, compare
 from .free_text import (
@@ -37,6 +38,7 @@ __all__ = [
     "Comparison",
     "Cost",
     "Description",
+    "EvaluationCard",
     "FreeTextScores",
     "ImageAnnotation",
     "PopeResult",
@@ -49,11 +51,13 @@ __all__ = [
     "benchmark_table",
     "benchmarks",
     "bleu",
+    "card",
     "chair",
     "compare",
     "compare_metric",
     "compare_spans",
     "compute_metrics",
+    "evaluation_card",
     "image_annotations",
     "judge_description",
     "judge_files",

@@ -9,10 +9,11 @@ from typing import Any
 
 from omegaconf import MISSING
 
-STAGES = ("examples", "trace", "probe", "patch", "steer", "evaluate", "diagnose", "export", "arena", "report")
+STAGES = ("examples", "trace", "probe", "patch", "steer", "evaluate", "diagnose", "export", "arena", "card", "report")
 """The stages of a run, in order."""
 DEFAULT_STAGES = ("examples", "trace", "probe", "patch", "steer", "evaluate", "diagnose", "export", "report")
-"""The stages that run if none are chosen: all but the comparison of many methods (`groundscope arena`)."""
+"""The stages that run if none are chosen: all but the comparison of many methods (`groundscope arena`) and the evaluation card
+(`groundscope card`)."""
 SWEEPS = "sweeps"
 """Folder of all sweeps, below the root folder of runs."""
 RENAMED: Mapping[str, str] = MappingProxyType({"probe.penalties": "probe.C"})
@@ -331,6 +332,31 @@ class ArenaConfig:
 
 
 @dataclass
+class CardConfig:
+    """The evaluation card: what models get wrong, how often and how severely (`groundscope card`)."""
+
+    conditions: list[str] | None = None
+    """Conditions of `evaluate` that are models of the card; null for `before`, `after` and `twin`, as far as the run has them; []
+    for none, and then stage `evaluate` is not needed."""
+    answer_files: dict[str, str] = field(default_factory=dict)
+    """Further models, such as closed ones, by files with their answers to the test questions:
+    `+card.answer_files.GPT-4o=FILE`."""
+    benchmarks: list[dict[str, Any]] = field(default_factory=list)
+    """Answers to benchmarks in their released files: for each `model`, `benchmark` (a name of `behavior.benchmarks`), `answers`,
+    and optionally `label`, `files`, `verdicts`, `variant`, `format`, `by_place`: `card.benchmarks=[{model: GPT-4o, benchmark:
+    r_bench, answers: FILE, files: {questions: FILE}}]`."""
+    profiles: list[str] | None = None
+    """Severity profiles by name: `driving`, `medical`, `assistive`; `uniform` is always included. null for all."""
+    weights: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Your own profiles: name to weights from 0 to 1 by kind of question or by level:
+    `+card.weights.mine={existence: 1, color: 0.2}`."""
+    safety: dict[str, str] = field(default_factory=dict)
+    """Model to a file of verdicts `id, refused, unsafe` on its answers."""
+    differences: str = "first"
+    """Which models are compared: `first` (every other with the first) or `all`."""
+
+
+@dataclass
 class ReportConfig:
     """The HTML report."""
 
@@ -408,6 +434,7 @@ class RunConfig:
     steer: SteerConfig = field(default_factory=SteerConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     arena: ArenaConfig = field(default_factory=ArenaConfig)
+    card: CardConfig = field(default_factory=CardConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     export: ExportConfig = field(default_factory=ExportConfig)

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from experiments.config import STAGES, RunConfig
-from experiments.results.scores import describe_answers, describe_arena
+from experiments.results.scores import describe_answers, describe_arena, describe_card
 from experiments.run import stage_cache
 from experiments.run.context import Context
 from experiments.run.folder import (
@@ -93,6 +93,9 @@ def _run_stages(config: RunConfig, folder: RunFolder, console: Console | None) -
                 table.print(line)
         if "arena" in config.stages:
             for line in describe_arena(folder.path):
+                table.print(line)
+        if "card" in config.stages:
+            for line in describe_card(folder.path):
                 table.print(line)
         report = folder.path / "report.html"
         if is_file(report):

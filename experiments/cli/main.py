@@ -7,6 +7,7 @@ groundscope stages=[probe,report] probe.folds=5        some stages, with other o
 groundscope -m probe.folds=3,4                         several runs, which share equal stages
 groundscope evaluate data=pope data.questions=F data.images=D   answers only: no trace, patching or steering
 groundscope arena "arena.methods=[vcd,pai]"            training-free methods and controls on the same questions
+groundscope card                                       frequency and severity of errors by level and task, of several models
 groundscope help | resume=RUN | status | compare | plan | report | preferences | tune
 
 Each command imports what it needs when it starts, so that help is fast.
@@ -107,7 +108,14 @@ _EVALUATION = {
 """Options of `groundscope evaluate`: ask every question, without any stage before."""
 _ARENA = {"name": "arena", "stages": "[examples,arena,report]"}
 """Options of `groundscope arena`: compare methods that need no activations and no heads."""
-SHORT_RUNS = {"evaluate": _EVALUATION, "arena": _ARENA}
+_CARD = {
+    "name": "card",
+    "stages": "[examples,evaluate,card,report]",
+    "evaluate.conditions": "[before]",
+    "data.test_share": "1",
+}
+"""Options of `groundscope card`: ask every question, and make the evaluation card."""
+SHORT_RUNS = {"evaluate": _EVALUATION, "arena": _ARENA, "card": _CARD}
 """Command to the options of its run."""
 
 

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from activation_store import ActivationStore
+    from behavior.card import EvaluationCard
     from circuits import HeadScores
     from diagnosis import Diagnoses
     from mitigation.arena.result import ArenaResult
@@ -192,6 +193,13 @@ class RunFiles:
         from mitigation.arena.result import ArenaResult
 
         return ArenaResult.load(below(self.root, "arena/arena.json", error=ConfigError))
+
+    @cached_property
+    def card(self) -> EvaluationCard:
+        """The evaluation card."""
+        from behavior.card import EvaluationCard
+
+        return EvaluationCard.load(below(self.root, "card/card.json", error=ConfigError))
 
     @cached_property
     def exports(self) -> dict[str, dict[str, str]]:

@@ -90,6 +90,20 @@ def write_scores(path: Path, results: dict[str, BehaviorResult]) -> None:
     write_text(path, json.dumps(records, indent=1, allow_nan=False) + "\n")
 
 
+def describe_card(run: Path) -> list[str]:
+    """Return the totals of a run's evaluation card as lines for the terminal."""
+    from behavior.card import EvaluationCard, card_text, ranking_lines
+
+    card = EvaluationCard.load(below(run, "card/card.json", error=ConfigError))
+    return [
+        "",
+        "wrong answers in percent, and their weight by profile:",
+        *card_text(card).splitlines(),
+        *ranking_lines(card),
+        f"the card: {run / 'card' / 'card.html'}",
+    ]
+
+
 def describe_arena(run: Path) -> list[str]:
     """Return the table of a run's arena as lines for the terminal."""
     from mitigation.arena.result import ArenaResult

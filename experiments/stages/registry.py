@@ -80,6 +80,26 @@ def _arena_spares(context: Context) -> tuple[str, ...]:
     return tuple(stage for stage, need in (("trace", "store"), ("patch", "heads")) if need not in needs)
 
 
+def _card_options(context: Context) -> object:
+    options = asdict(context.config.card)
+    files = {name: file_digest(Path(file)) for name, file in options["answer_files"].items()}
+    files |= {f"safety {name}": file_digest(Path(file)) for name, file in options["safety"].items()}
+    for number, entry in enumerate(options["benchmarks"]):
+        named = {"answers": entry.get("answers"), "verdicts": entry.get("verdicts"), **(entry.get("files") or {})}
+        for role, file in named.items():
+            for path in _plain_files(file):
+                files[f"benchmark {number} {role} {path.name}"] = file_digest(path)
+    return [options, files, context.held_out.digest]
+
+
+def _plain_files(file: object) -> list[Path]:
+    """Return a file, or the files of a folder."""
+    if file is None:
+        return []
+    path = Path(str(file))
+    return sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+
+
 def _diagnose_options(context: Context) -> object:
     from experiments.data import load_parts, probe_data
 
@@ -163,9 +183,17 @@ TABLE: Mapping[str, Stage] = MappingProxyType(
             work=_function("arena.make_arena"),
             check=_function("arena.check"),
         ),
+        "card": Stage(
+            "card",
+            needs=("examples", "evaluate"),
+            spared=lambda c: ("examples", "evaluate") if c.config.card.conditions == [] else (),
+            options=_card_options,
+            work=_function("card.make_card"),
+            check=_function("card.check"),
+        ),
         "report": Stage(
             "report",
-            needs=("examples", "trace", "probe", "patch", "steer", "evaluate", "diagnose", "export", "arena"),
+            needs=("examples", "trace", "probe", "patch", "steer", "evaluate", "diagnose", "export", "arena", "card"),
             options=lambda c: [asdict(c.config.report), c.headline(), c.config.diagnose.shown, c.config.steer.max_drop],
             work=_function("report.make_report"),
             spared=_missing,

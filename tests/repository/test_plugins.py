@@ -23,6 +23,7 @@ from dataclasses import replace
 from sklearn.svm import LinearSVC
 
 from behavior.benchmarks import BENCHMARKS, Reading
+from behavior.card import SURVEY_ROWS
 from behavior.metrics import BehaviorMetric
 from concepts import ConceptDataset, CounterfactualPair, Example
 from concepts.image_files import FileImage
@@ -61,6 +62,7 @@ amplify_more = MitigationMethod(lambda data: derive.amplification(blank_contrast
 tags_section = Section("Tags", lambda run: html.section("tags", "Tags", html.paragraph(f"{len(run.examples)} tags")))
 yes_ratio = BehaviorMetric(lambda a: set(a.candidates) == {"yes", "no"}, lambda a: a.given == "yes")
 svm = LinearSVC(C=0.01)
+tags_row = SURVEY_ROWS["POPE"]
 tags_benchmark = replace(BENCHMARKS["r_bench"], title="Tags")
 
 
@@ -77,6 +79,7 @@ ENTRIES = {
     "groundscope.behavior_metrics": ("says yes", "yes_ratio"),
     "groundscope.benchmarks": ("tags", "tags_benchmark"),
     "groundscope.answer_formats": ("tagged", "read_tagged"),
+    "groundscope.survey_rows": ("Tags", "tags_row"),
     "groundscope.metrics": ("spread", "spread"),
     "groundscope.estimators": ("svm", "svm"),
     "groundscope.mitigations": ("amplify_more", "amplify_more"),
@@ -155,6 +158,7 @@ TABLES = {
     "groundscope.behavior_metrics": gs.behavior.metrics.METRICS,
     "groundscope.benchmarks": gs.behavior.benchmarks.BENCHMARKS,
     "groundscope.answer_formats": gs.behavior.benchmarks.ANSWER_FORMATS,
+    "groundscope.survey_rows": gs.behavior.card.SURVEY_ROWS,
     "groundscope.metrics": gs.circuits.metrics,
     "groundscope.estimators": gs.probes.estimators,
     "groundscope.mitigations": gs.mitigations,

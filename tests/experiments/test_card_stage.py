@@ -1,0 +1,117 @@
+"""`groundscope card`: the evaluation card as a stage and a command, its files, its report and its refusals."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from behavior import EvaluationCard
+from experiments.cli.main import SHORT_RUNS, short_run_words
+from experiments.cli.overrides import compose
+from experiments.pipeline import execute
+from experiments.run.folder import read_receipt
+from groundscope.core.errors import GroundscopeError
+
+SMALL = ["data.n_images=10", "data.test_images=10", "threads=1", "model.twin=null", "evaluate.batch_size=64"]
+
+
+def run(folder: Path, *words: str) -> tuple[Path, str]:
+    output = io.StringIO()
+    config = compose(short_run_words(SHORT_RUNS["card"], [*SMALL, f"root={folder}", *words]))[0]
+    return execute(config, Console(file=output, width=250)), output.getvalue()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Answers of another model to a benchmark, and verdicts on them."""
+    folder = tmp_path_factory.mktemp("files")
+    rows = [
+        {"question_id": i, "image": f"{i}.jpg", "text": f"Is {i}?", "label": ["yes", "no"][i % 2]} for i in range(20)
+    ]
+    (folder / "q.json").write_text(json.dumps(rows))
+    (folder / "a.jsonl").write_text("".join(json.dumps({"question_id": i, "text": "No."}) + "\n" for i in range(20)))
+    (folder / "safety.jsonl").write_text(json.dumps({"id": "3", "refused": True, "unsafe": False}))
+    return folder
+
+
+def entry(files: Path, **more: str) -> str:
+    fields = {"model": "closed", "benchmark": "r_bench", "answers": str(files / "a.jsonl"), **more}
+    inside = ",".join(f"{name}: '{value}'" for name, value in fields.items())
+    return f"card.benchmarks=[{{{inside},files: {{questions: '{files / 'q.json'}'}}}}]"
+
+
+@pytest.fixture(scope="module")
+def made(files: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    safety = f"+card.safety.closed={files / 'safety.jsonl'}"
+    return run(
+        tmp_path_factory.mktemp("card"),
+        entry(files, label="R-Bench"),
+        safety,
+        "+card.weights.mine={existence: 1, color: 0.1}",
+    )
+
+
+def test_the_command_prints_and_writes_the_card(made: tuple[Path, str]) -> None:
+    folder, output = made
+    card = EvaluationCard.load(folder / "card" / "card.json")
+    assert card.models == ["tiny", "closed"]
+    assert set(card.profiles) == {"uniform", "driving", "medical", "assistive", "mine"}
+    assert card.row("closed", "R-Bench", "relation").frequency.value == 0.5
+    scenes_name = card.benchmarks[0]
+    levels = {row.level for row in card.rows if row.model == "tiny"}
+    assert {"object", "attribute", "relation"} <= levels
+    assert {row.task for row in card.rows if row.benchmark == scenes_name} >= {"yes/no", "choice", "caption"}
+    rates = next(f.rates for f in card.facts if f.model == "tiny")
+    assert {"entropy", "contradiction"} <= set(rates)
+    assert next(f.rates["refused"].value for f in card.facts if f.model == "closed") == 1.0
+    assert any(line.startswith("tiny ") and "object" in line for line in output.splitlines())
+    report = (folder / "report.html").read_text()
+    assert "Evaluation card" in report
+    assert "severity, mine" in report
+    assert (folder / "card" / "card.html").stat().st_size > 1000
+
+
+def test_a_second_run_finds_the_card_unchanged(made: tuple[Path, str], files: Path) -> None:
+    folder, _ = made
+    receipt = read_receipt(folder / "card")
+    assert receipt is not None
+    assert {"card.json", "card.csv", "card_answers.csv", "card.html"} <= set(receipt.files)
+    safety = f"+card.safety.closed={files / 'safety.jsonl'}"
+    _, output = run(
+        folder.parent, entry(files, label="R-Bench"), safety, "+card.weights.mine={existence: 1, color: 0.1}"
+    )
+    assert output.count("unchanged") == 4
+
+
+def test_a_card_of_closed_models_needs_no_answers_of_a_run(files: Path, tmp_path: Path) -> None:
+    folder, _ = run(tmp_path, entry(files), "card.conditions=[]", "stages=[card]", "card.profiles=[driving]")
+    card = EvaluationCard.load(folder / "card" / "card.json")
+    assert (card.models, set(card.profiles)) == (["closed"], {"uniform", "driving"})
+    assert not (folder / "behavior").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["card.conditions=[befor]"], "unknown condition 'befor'"),
+        (["card.conditions=[]"], "leaves no model"),
+        (["card.profiles=[drivng]"], "unknown profile 'drivng'; .*did you mean driving"),
+        (["+card.weights.x={object: 3}"], "the weight of 'object' is 3"),
+        (["card.differences=some"], "choose from first, all"),
+        (["card.benchmarks=[{model: x, benchmark: r_bench}]"], "entry 1: 'answers' is missing"),
+        (["card.benchmarks=[{model: x, benchmark: rbench, answers: y}]"], "unknown benchmark 'rbench'"),
+        (
+            ["card.benchmarks=[{model: x, benchmrk: rbench, answers: y}]"],
+            "unknown field 'benchmrk'.*did you mean benchmark",
+        ),
+        (["+card.answer_files.GPT=nowhere.json"], "nowhere.json"),
+        (["+card.safety.other=nowhere.json"], "no model 'other' in the card"),
+    ],
+)
+def test_wrong_options_are_refused_before_work(tmp_path: Path, words: list[str], message: str) -> None:
+    with pytest.raises(GroundscopeError, match=message):
+        run(tmp_path, *words)
