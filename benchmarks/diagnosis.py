@@ -36,12 +36,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np
 import torch
 from rich.table import Table
 
 from activation_store import ActivationStore, trace
-from behavior import answer
 from benchmarks._harness import (
     RESULTS,
     Figure,
@@ -52,18 +50,24 @@ from benchmarks._harness import (
     save_record,
     wide_console,
 )
+from benchmarks._planted_causes import (
+    CAUSES,
+    COLOR,
+    CORRECT,
+    SITES,
+    SPLITS,
+    UNCHANGED,
+    correct_ids,
+    plant_cause,
+    sample_by_kind,
+    shuffle_examples,
+)
 from concepts import scenes
-from concepts.scenes.distributions import COLOR_NAMES
-from concepts.scenes.icons import NOUNS
 from concepts.schema import ConceptDataset, Example
 from diagnosis import Diagnoses, diagnose, fit_directions
-from diagnosis.results import LOST, NOT_INTEGRATED, NOT_SEEN, OVERRIDDEN, OVERRIDDEN_LATE, VERDICTS
-from groundscope.testing import planted_failures
-from lvlm import Head, Lvlm, load_lvlm
+from diagnosis.results import LOST, NOT_SEEN, OVERRIDDEN, VERDICTS
+from lvlm import Lvlm, load_lvlm
 
-SPLITS = ("neutral", "random", "popular", "adversarial", "typical", "conflict")
-COLOR = {"color", "what_color"}
-SITES = ["resid_post", "z", "mlp_out", "vision.resid_post", "projector.out"]
 MIN_SHARE, MAX_SECONDS = 0.9, 120.0
 """Goals: share of answers with the planted cause as verdict, and seconds for `COUNT` answers."""
 COUNT = 200
@@ -72,46 +76,20 @@ IMAGES, COLOR_IMAGES, QUICK_IMAGES = 600, 300, 240
 """Images for questions of every kind (probes of nouns need this number), for questions about color, and with ``--quick``."""
 COUNT_PER_KIND = 60
 """Answers that are diagnosed for each kind of question, if every kind is asked."""
-UNCHANGED = "unchanged model"
-CAUSES = (*VERDICTS[:4], UNCHANGED)
-CORRECT = {**{cause: (cause,) for cause in (NOT_SEEN, LOST, NOT_INTEGRATED)}, OVERRIDDEN: (OVERRIDDEN, OVERRIDDEN_LATE)}
-"""Planted cause to the verdicts that are correct."""
-
-
-def plant_cause(model: Lvlm, cause: str, strength: float = 0.5, seed: int = 98) -> Lvlm:
-    """Return the model with a planted cause; `seed` is that of the scenes from which planted directions are computed."""
-    other = scenes.dataset(120, seed)
-    if cause == UNCHANGED:
-        return model
-    if cause == NOT_SEEN:
-        return planted_failures.make_color_blind(model)
-    if cause == LOST:
-        return planted_failures.erase_color(model, other)
-    if cause == NOT_INTEGRATED:
-        return planted_failures.cut_image(model, 1)
-    examples = [e for e in other if e.candidates][::6]
-    signs = {noun: ("yes", "no")[i % 2] for i, noun in enumerate(NOUNS)}
-    pushed = planted_failures.plant_prior_head(model, examples, Head(5, 1), signs, strength)
-    colors = {noun: COLOR_NAMES[i % len(COLOR_NAMES)] for i, noun in enumerate(NOUNS)}
-    return planted_failures.plant_prior_head(pushed, examples, Head(5, 4), colors, strength)
 
 
 def find_correct(model: Lvlm, data: ConceptDataset, cache: Path) -> set[str]:
     """Return the ids of the questions that a model answers correctly; `cache` is read if it exists, otherwise written."""
     if cache.is_file():
         return set(json.loads(cache.read_text()))
-    correct = {a.id for a in answer(model, data, batch_size=64, progress=False).answers if a.correct}
+    correct = correct_ids(model, data)
     cache.write_text(json.dumps(sorted(correct)))
     return correct
 
 
 def sample_wrong(wrong: list[Example], every_kind: bool) -> list[Example]:
     """Return a random sample of the wrong answers: up to `COUNT_PER_KIND` of each kind, or `COUNT` in all."""
-    sample = [wrong[int(i)] for i in np.random.default_rng(0).permutation(len(wrong))]
-    if not every_kind:
-        return sample[:COUNT]
-    kinds = dict.fromkeys((e.level, e.kind) for e in sample)
-    return [e for kind in kinds for e in [x for x in sample if (x.level, x.kind) == kind][:COUNT_PER_KIND]]
+    return sample_by_kind(wrong, COUNT_PER_KIND) if every_kind else shuffle_examples(wrong)[:COUNT]
 
 
 def diagnose_model(

@@ -36,7 +36,6 @@ import numpy as np
 from rich.table import Table
 
 from activation_store import ActivationStore, trace
-from behavior import answer
 from benchmarks._harness import (
     RESULTS,
     Figure,
@@ -47,7 +46,17 @@ from benchmarks._harness import (
     save_record,
     wide_console,
 )
-from benchmarks.diagnosis import CAUSES, COLOR, CORRECT, SPLITS, UNCHANGED, plant_cause
+from benchmarks._planted_causes import (
+    CAUSES,
+    COLOR,
+    CORRECT,
+    SITES,
+    SPLITS,
+    UNCHANGED,
+    correct_ids,
+    plant_cause,
+    sample_by_kind,
+)
 from concepts import scenes
 from concepts.nouns import asked_noun
 from concepts.schema import ConceptDataset, Example
@@ -62,7 +71,6 @@ from groundscope.testing.scene_photographs import save_as_photographs
 from lvlm import Lvlm, load_lvlm
 from lvlm.token_selection import ALL_IMAGE_TOKENS
 
-SITES = ["resid_post", "z", "mlp_out", "vision.resid_post", "projector.out"]
 TOKENS = ["last", "image:mean", "object:mean"]
 IMAGES = 240
 """Images of a seed; two fifths are of the split ``neutral``. With half of them most answers are "not readable"."""
@@ -100,11 +108,6 @@ def photographs(images: int, seed: int, folder: Path) -> ConceptDataset:
     return save_as_photographs(scenes.dataset(images, seed, splits=SPLITS), folder / f"{images}-{seed}", quality=75)
 
 
-def correct_ids(model: Lvlm, data: ConceptDataset) -> set[str]:
-    """Return the ids of the questions that a model answers correctly."""
-    return {a.id for a in answer(model, data, batch_size=64, progress=False).answers if a.correct}
-
-
 def run_seed(cause: str, setting: str, seed: int, images: int, folder: Path, tally: Tally) -> None:
     """Plant a cause, diagnose the answers that became wrong, and add the counts of one seed."""
     with progress(f"{cause}, {setting}, seed {seed}"):
@@ -132,7 +135,7 @@ def run_seed(cause: str, setting: str, seed: int, images: int, folder: Path, tal
             wrong = [e for e in free if not correct[e.id] and (cause == UNCHANGED or e.id in before)]
             if cause in (NOT_SEEN, LOST):  # the cause concerns color only
                 wrong = [e for e in wrong if e.kind in COLOR]
-            wrong = sample_by_kind(wrong)
+            wrong = sample_by_kind(wrong, COUNT_PER_KIND)
             others = [e for e in free if not correct[e.id]]
             right = [e for e in free if correct[e.id]]
             diagnoses = diagnose(
@@ -146,13 +149,6 @@ def run_seed(cause: str, setting: str, seed: int, images: int, folder: Path, tal
     tally.by_seed.append(sum(counts[v] for v in CORRECT.get(cause, ())) / max(1, len(diagnoses.wrong)))
     tally.beyond += beyond
     tally.right += n
-
-
-def sample_by_kind(wrong: Sequence[Example]) -> list[Example]:
-    """Return a random sample of at most `COUNT_PER_KIND` answers of each kind of question."""
-    order = [wrong[int(i)] for i in np.random.default_rng(0).permutation(len(wrong))]
-    kinds = dict.fromkeys((e.level, e.kind) for e in order)
-    return [e for kind in kinds for e in [x for x in order if (x.level, x.kind) == kind][:COUNT_PER_KIND]]
 
 
 def beyond_threshold(

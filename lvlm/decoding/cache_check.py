@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from lvlm.decoding.decoder import Prompts
+from lvlm.decoding.rule import Prompts
 
 if TYPE_CHECKING:
     from lvlm.model import Lvlm

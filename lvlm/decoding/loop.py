@@ -24,8 +24,9 @@ from lvlm.access.shared_vision_run import share_vision_runs
 from lvlm.active_interventions import mark_observer
 from lvlm.decoding.attention_edits import without_attention_edits
 from lvlm.decoding.cache import merge_caches, new_cache
-from lvlm.decoding.decoder import AnswerRule, Branch, Prompts, Step
+from lvlm.decoding.cache_check import check_prompts
 from lvlm.decoding.row_layout import RowLayout, stack_layouts
+from lvlm.decoding.rule import AnswerRule, Branch, Prompts, Step
 from lvlm.encoding.continued_inputs import append_tokens
 from lvlm.finite_logits import check_finite
 from lvlm.generation import end_tokens
@@ -482,8 +483,6 @@ def merges_caches(model: Lvlm) -> bool:
 
 @torch.no_grad()
 def _measure_merging(model: Lvlm) -> bool:
-    from lvlm.decoding.cache_check import check_prompts
-
     with model.with_row_layout(None), without_attention_edits(model):
         prompts = check_prompts(model)
         count = sum(len(group.rows) for group in prompts)
