@@ -39,6 +39,8 @@ Analysis:
     The open table of metrics that a run reports.
 `comparison`
     The paired difference of two systems, with interval and exact test.
+`data_audit`
+    Causes of errors in data, and error rates by cause.
 `taxonomy`
     Wrong answers by level and kind: frequency, severity and harm.
 

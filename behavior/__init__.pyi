@@ -8,6 +8,16 @@ from .bleu import bleu
 from .card import EvaluationCard, evaluation_card
 from .chair import ChairResult, chair
 from .comparison import Comparison, compare
+from .data_audit import (
+    Audit,
+    CauseErrors,
+    CauseReport,
+    Finding,
+    audit,
+    composition_rarity,
+    hold_out_compositions,
+    split_by_rarity,
+)
 from .free_text import (
     Description,
     FreeTextScores,
@@ -30,15 +40,19 @@ from .result import Answer, BehaviorResult, Cost
 __all__ = [
     "PARSERS",
     "Answer",
+    "Audit",
     "BehaviorMetric",
     "BehaviorResult",
     "BenchmarkRow",
     "BenchmarkTable",
+    "CauseErrors",
+    "CauseReport",
     "ChairResult",
     "Comparison",
     "Cost",
     "Description",
     "EvaluationCard",
+    "Finding",
     "FreeTextScores",
     "ImageAnnotation",
     "PopeResult",
@@ -48,6 +62,7 @@ __all__ = [
     "amber",
     "answer",
     "answer_each",
+    "audit",
     "benchmark_table",
     "benchmarks",
     "bleu",
@@ -56,8 +71,10 @@ __all__ = [
     "compare",
     "compare_metric",
     "compare_spans",
+    "composition_rarity",
     "compute_metrics",
     "evaluation_card",
+    "hold_out_compositions",
     "image_annotations",
     "judge_description",
     "judge_files",
@@ -68,6 +85,7 @@ __all__ = [
     "pope",
     "read_descriptions",
     "score_descriptions",
+    "split_by_rarity",
     "taxonomy",
     "write_descriptions",
 ]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from concepts.image_source import ImageSource
 from concepts.nouns import PresentNouns, asked_noun, canonical_noun
 from concepts.reading.annotation_questions import SPELLINGS, relation_name
 from concepts.scene_object import SceneObject
@@ -73,7 +74,7 @@ def image_annotations(data: ConceptDataset) -> dict[str, ImageAnnotation]:
     Returns
     -------
     dict
-        Group (image) to its annotation, in the order of the data.
+        Group (image) to its annotation, in the order of the data; that of its first image, if a group has several.
 
     Examples
     --------
@@ -83,10 +84,53 @@ def image_annotations(data: ConceptDataset) -> dict[str, ImageAnnotation]:
     >>> sorted(o.noun for o in image.objects), image.states_presence("apple"), image.states_presence("zebra")
     (['airplane', 'banana', 'chair'], False, None)
     """
-    collected: dict[str, _Collector] = {}
+    first: dict[str, ImageAnnotation] = {}
+    for examples in examples_by_image(data):
+        if examples[0].group not in first:
+            first[examples[0].group] = annotation_of(examples)
+    return first
+
+
+def examples_by_image(data: Iterable[Example]) -> list[list[Example]]:
+    """Return the examples of each image; a group can have several images, such as counterfactual variants.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> from behavior.free_text.annotations import examples_by_image
+    >>> data = gs.scenes.dataset(10)
+    >>> sum(map(len, examples_by_image(data))) == len(data)
+    True
+    """
+    rows: dict[tuple[str, Hashable], list[Example]] = {}
     for example in data:
-        collected.setdefault(example.group, _Collector(example.group)).add(example)
-    return {group: collector.annotation() for group, collector in collected.items()}
+        rows.setdefault((example.group, _key(example.image)), []).append(example)
+    return list(rows.values())
+
+
+def _key(image: ImageSource) -> Hashable:
+    """Return a key that is equal for equal images: the source itself, since an identity can need the digest of a file."""
+    try:
+        hash(image)
+    except TypeError:
+        return image.identity
+    return image
+
+
+def annotation_of(examples: Sequence[Example]) -> ImageAnnotation:
+    """Return what the examples of one image say of it; its id is their group.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> from behavior.free_text.annotations import annotation_of, examples_by_image
+    >>> annotation_of(examples_by_image(gs.scenes.dataset(10))[0]).id
+    's0-0'
+    """
+    collector = _Collector(examples[0].group)
+    for example in examples:
+        collector.add(example)
+    return collector.annotation()
 
 
 class _Collector:

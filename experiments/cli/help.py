@@ -29,6 +29,8 @@ groundscope status [runs/]                     list runs with their stages, size
 groundscope compare runs/a runs/b [page=FILE]  compare the results of two runs; a page of what changed inside
 groundscope preferences runs/x [format=trl]    write the overridden answers of a run as preference files
 groundscope tune runs/x [out=FOLDER]           tune the model of a run on them, and write the tuned model
+groundscope audit data=… [answers=FILE]        causes of errors in data, without a model; error rates by cause with answers
+groundscope audit runs/x                       the same for the data and answers of a run
 groundscope plan [option=value …]              estimate bytes, forward passes and hours of a trace
 groundscope report runs/x                      write the report of a run folder again; needs no model
 groundscope help=probe                         describe the options of a group

@@ -8,7 +8,7 @@ groundscope -m probe.folds=3,4                         several runs, which share
 groundscope evaluate data=pope data.questions=F data.images=D   answers only: no trace, patching or steering
 groundscope arena "arena.methods=[vcd,pai]"            training-free methods and controls on the same questions
 groundscope card                                       frequency and severity of errors by level and task, of several models
-groundscope help | resume=RUN | status | compare | plan | report | preferences | tune
+groundscope help | resume=RUN | status | compare | plan | report | preferences | tune | audit
 
 Each command imports what it needs when it starts, so that help is fast.
 """
@@ -229,6 +229,12 @@ def _tune(arguments: Sequence[str]) -> int:
     return tune(arguments)
 
 
+def _audit(arguments: Sequence[str]) -> int:
+    from experiments.cli.audit import run
+
+    return run(arguments)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "status": _status,
     "compare": _compare,
@@ -236,5 +242,6 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "report": _report,
     "preferences": _preferences,
     "tune": _tune,
+    "audit": _audit,
 }
 """Commands by name; all other arguments are options of a run."""

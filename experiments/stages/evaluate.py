@@ -7,9 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from behavior import answer, image_annotations, score_descriptions, write_descriptions
+from behavior import ImageAnnotation, answer, score_descriptions, write_descriptions
 from behavior.candidate_scores import FIRST_TOKEN
 from behavior.chair import read_synonyms
+from behavior.free_text.annotations import annotation_of, examples_by_image
 from behavior.metrics import METRICS, compare_metric, compute_metrics
 from concepts.schema import ConceptDataset
 from experiments.config import EvaluateConfig
@@ -129,9 +130,11 @@ def make_behavior(context: Context, root: Path) -> str:
 
 def _write_descriptions(root: Path, results: Mapping[str, BehaviorResult], data: ConceptDataset) -> None:
     """Write the captions of each condition with judged objects, attributes and relations, if the data have captions."""
-    groups = {example.id: example.group for example in data if example.kind == "caption"}
-    by_image = image_annotations(data) if groups else {}
-    annotations = {name: by_image[group] for name, group in groups.items()}
+    annotations: dict[str, ImageAnnotation] = {}
+    for examples in examples_by_image(data):
+        requests = [example.id for example in examples if example.kind == "caption"]
+        if requests:
+            annotations |= dict.fromkeys(requests, annotation_of(examples))
     for run, result in results.items():
         texts = {name: text for name, text in result.texts.items() if name in annotations}
         if texts:

@@ -6,6 +6,7 @@
   attention to the image, an amplified or planted prior head, a bias to one answer).
 - `scene_photographs`, `annotation_files`, `composite_photographs`: icon scenes as image files, with annotations as in COCO, GQA
   and other data sets, and on real photographs.
+- `data_faults`: a data set with planted duplicates, blur, contradictions, swapped captions and wrong absences.
 
 A method is validated if it returns the planted heads, or the planted cause.
 """

@@ -8,6 +8,7 @@ from __future__ import annotations
 from experiments.report.section import Section
 from experiments.report.sections.accuracy import accuracy_section
 from experiments.report.sections.arena import arena_section
+from experiments.report.sections.audit import audit_section
 from experiments.report.sections.card import card_section
 from experiments.report.sections.correction import correction_section
 from experiments.report.sections.descriptions import descriptions_section
@@ -46,6 +47,7 @@ SECTIONS: Registry[Section] = Registry(
         "corrected": Section("Correction", correction_section, ("steer", "evaluate", "export")),
         "arena": Section("Arena", arena_section, ("arena",)),
         "card": Section("Card", card_section, ("card",)),
+        "audit": Section("Causes in data", audit_section, ()),
         LAST: Section("Provenance", provenance_section, ()),
     },
     group="groundscope.report_sections",

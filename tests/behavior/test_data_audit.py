@@ -1,0 +1,262 @@
+"""Audits of data: planted faults, each cause by hand, error rates, rarity, and the data of every loader."""
+
+from __future__ import annotations
+
+import doctest
+import math
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import groundscope as gs
+from behavior.data_audit import CAUSES, SENSES
+from behavior.data_audit.images import measure_image
+from concepts.image_files import BytesImage
+from concepts.nouns import canonical_noun
+from concepts.scene_object import Box, SceneObject
+from concepts.schema import ConceptDataset, Example
+from groundscope.core.errors import ConfigError, DataError
+from groundscope.testing.data_faults import plant_data_faults
+from tests.docstrings import OPTIONS, examples
+from tests.packages import ROOT
+
+IMAGES = {"duplicate images", "blurred images"}
+
+
+def plain(seed: int = 0) -> BytesImage:
+    """Return an image of 40 x 30 pixels of noise."""
+    import io
+
+    pixels = np.random.default_rng(seed).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, format="PNG")
+    return BytesImage(data.getvalue(), f"{seed}.png")
+
+
+def question(identity: str, text: str, answer: str, **fields: object) -> Example:
+    """Return a yes-no question about image 0, or with the given fields."""
+    example = Example(identity, plain(), text, answer, ("yes", "no"), "object", "existence", "random", "0.png")
+    return replace(example, **fields)  # type: ignore[arg-type]
+
+
+def caption(identity: str, text: str, group: str, *nouns: str, seed: int = 0) -> Example:
+    objects = tuple(SceneObject(f"{group}{n}", n, None) for n in nouns)
+    return Example(identity, plain(seed), "Describe.", text, (), "object", "caption", "caption", group, objects=objects)
+
+
+def found(cause: str, *rows: Example) -> list[tuple[str, ...]]:
+    """Return the examples of each finding."""
+    return [f.examples for f in gs.audit(ConceptDataset("by hand", rows), causes=[cause]).cause(cause).findings]
+
+
+@pytest.fixture(scope="module")
+def faults() -> tuple[gs.Audit, dict[str, frozenset[str]], dict[str, str]]:
+    data = gs.scenes.dataset(60, seed=5).filter(lambda e: e.split != "conflict")
+    planted = plant_data_faults(data, share=0.08, seed=5)
+    audit = gs.audit(planted.data, causes=list(planted.examples))
+    return audit, dict(planted.examples), {e.id: e.group for e in planted.data}
+
+
+@pytest.mark.parametrize(
+    "cause", ["duplicate images", "blurred images", "contradictions", "present under another name", "swapped captions"]
+)
+def test_planted_faults_are_reported_and_nothing_else(
+    cause: str, faults: tuple[gs.Audit, dict[str, frozenset[str]], dict[str, str]]
+) -> None:
+    audit, truth, groups = faults
+    planted: set[str] = set(truth[cause])
+    assert len(planted) >= 3
+    findings = [set(f.examples) for f in audit.cause(cause).findings]
+    if cause in IMAGES:
+        planted = {groups[name] for name in planted}
+        findings = [{groups[name] for name in names} for names in findings]
+    assert sum(bool(names & planted) for names in findings) >= 0.9 * len(findings)
+    assert len(planted & set().union(*findings)) >= 0.8 * len(planted)
+
+
+def test_contradictions_by_hand() -> None:
+    same = question("a", "Is there a dog in the image?", "yes"), question("b", "is there a Dog in the image", "no")
+    assert found("contradictions", *same) == [("a", "b")]
+    assert found("contradictions", same[0], replace(same[1], group="1.png", image=plain(1))) == []
+    left = question("a", "Is the dog to the left of the cat?", "yes", level="relation", kind="relation")
+    right = replace(left, id="b", question="Is the dog to the right of the cat?")
+    assert found("contradictions", left, right) == [("a", "b")]
+    assert found("contradictions", left, replace(right, answer="no")) == []
+    mirrored = replace(left, id="b", question="Is the cat to the left of the dog?")
+    assert found("contradictions", left, mirrored) == [("a", "b")]
+    red = question("a", "Is the car red?", "yes", level="attribute", kind="color", subject="o1")
+    assert found("contradictions", red, replace(red, id="b", question="Is the car blue?")) == [("a", "b")]
+    assert found("contradictions", red, replace(red, id="b", question="Is the car blue?", subject="o2")) == []
+    no_dog = question("a", "Is there a dog in the image?", "no")
+    assert found("contradictions", no_dog, caption("c", "A dog sleeps.", "0.png")) == [("a", "c")]
+    assert found("contradictions", no_dog, caption("c", "A cat sleeps.", "0.png")) == []
+    assert found("contradictions", replace(no_dog, objects=(SceneObject("1", "dog", None),))) == [("a",)]
+
+
+@pytest.mark.parametrize(
+    ("asked", "annotated", "reported"),
+    [("puppy", "dog", True), ("bananas", "banana", True), ("person", "woman", True), ("table", "coffee table", True),
+     ("dog", "hot dog", False), ("cat", "dog", False)],
+)  # fmt: skip
+def test_absent_objects_that_are_present_under_another_name(asked: str, annotated: str, reported: bool) -> None:
+    row = question("a", f"Is there a {asked} in the image?", "no", objects=(SceneObject("1", annotated, None),))
+    assert bool(found("present under another name", row)) is reported
+
+
+def test_captions_by_hand() -> None:
+    rows = [
+        caption("1", "A dog chases a cat on the grass.", "1", "dog", "cat", seed=1),
+        caption("2", "A bus next to a car.", "2", "bus", "car", seed=2),
+        caption("3", "A bus.", "3", "zebra", seed=3),
+        caption("4", "This is a picture of some things.", "4", "zebra", seed=4),
+    ]
+    assert found("swapped captions", *rows) == [("3",)]
+    assert found("poor captions", *rows) == [("3",), ("4",)]
+    assert found("shared captions", *rows, replace(rows[1], id="5", group="5", image=plain(5))) == [("2",), ("5",)]
+    audit = gs.audit(
+        ConceptDataset("c", tuple(rows)), causes=["mismatched captions"], caption_scores={"1": -0.5, "2": 0.1}
+    )
+    assert audit.cause("mismatched captions").examples == {"1"}
+
+
+def test_objects_by_hand() -> None:
+    def about(box: Box) -> Example:
+        item = SceneObject("1", "ring", box)
+        return question("a", "Is there a ring in the image?", "yes", objects=(item,), subject="1")
+
+    assert found("small objects", about(Box(10, 10, 13, 14))) == [("a",)]  # 12 of 1200 pixels
+    assert found("small objects", about(Box(10, 10, 13, 15))) == []
+    assert found("cut-off objects", about(Box(10, 10, 40, 20))) == [("a",)]
+    assert found("cut-off objects", about(Box(10, 10, 30, 20))) == []
+    assert found("polysemous nouns", about(Box(1, 1, 3, 3))) == [("a",)]
+    assert len(SENSES) >= 60
+    assert all(len(senses) >= 2 for senses in SENSES.values())
+
+
+def test_imbalance_and_cooccurrence_by_hand() -> None:
+    images = [(f"{i}.png", plain(i)) for i in range(24)]
+    rows = [
+        question(str(i), "Is there a dog in the image?", "yes" if i < 21 else "no", group=group, image=image,
+                 objects=(SceneObject("1", "leash", None), *((SceneObject("2", "dog", None),) if i < 21 else ())))
+        for i, (group, image) in enumerate(images)
+    ]  # fmt: skip
+    report = gs.audit(ConceptDataset("d", tuple(rows)), causes=["answer imbalance"]).cause("answer imbalance")
+    assert report.values == {"share of yes, object/existence/random": 21 / 24}
+    assert len(report.findings) == 1
+    assert [names for (names,) in found("co-occurrence", *rows)] == ["21", "22", "23"]  # 21 of 24 images with a leash
+
+
+def test_near_duplicates_have_close_hashes_and_noise_has_not() -> None:
+    image = gs.scenes.dataset(10)[0].image.load()
+    copy = image.resize((300, 300), Image.Resampling.BICUBIC)
+
+    def distance(a: Image.Image, b: Image.Image) -> int:
+        bits = [int.from_bytes(measure_image(i).bits, "big") for i in (a, b)]
+        return (bits[0] ^ bits[1]).bit_count()
+
+    assert distance(image, copy) <= 24 < distance(plain(1).load(), plain(2).load())
+
+
+def test_rarity_is_pmi_of_mentions_and_terciles() -> None:
+    data = gs.scenes.dataset(60)
+    rarity = gs.composition_rarity(data)
+    mentions = {
+        (e.group, o.id, canonical_noun(o.noun), v) for e in data for o in e.objects for v in o.attributes.values()
+    }
+    pairs = Counter((noun, value) for _, _, noun, value in mentions)
+    total = pairs.total()
+    checked = 0
+    for example in data:
+        row = rarity.get(example.id)
+        if row is not None and example.level == "attribute" and row.count:
+            noun, value = row.composition
+            share = sum(n for (a, _), n in pairs.items() if a == noun) * sum(
+                n for (_, b), n in pairs.items() if b == value
+            )
+            assert row.pmi == pytest.approx(math.log(row.count * total / share))
+            checked += 1
+    assert checked > 20
+    counts = Counter(row.bin for row in rarity.values())
+    assert max(counts[b] for b in ("rare", "middle", "frequent")) <= 2 * min(
+        counts[b] for b in ("rare", "middle", "frequent")
+    )
+    train, test = gs.hold_out_compositions(data, share=0.1, seed=1)
+    held = {rarity[e.id].composition for e in test}
+    assert held.isdisjoint(rarity[e.id].composition for e in train)
+    assert {e.group for e in train}.isdisjoint(e.group for e in test)
+    with pytest.raises(ConfigError, match="between 0 and 1"):
+        gs.hold_out_compositions(data, share=1)
+    with pytest.raises(DataError, match="no question is about"):
+        gs.split_by_rarity(data.where(kind="existence"))
+
+
+def test_error_rates_of_concerned_questions() -> None:
+    data = gs.scenes.dataset(60).filter(lambda e: bool(e.candidates))
+    concerned = gs.audit(data, causes=["polysemous nouns"]).cause("polysemous nouns").examples
+    rng = np.random.default_rng(0)
+    rows = []
+    for e in data:
+        right = bool(rng.random() > (0.6 if e.id in concerned else 0.2))
+        given = e.answer if right else next(c for c in e.candidates if c != e.answer)
+        rows.append(
+            gs.Answer(e.id, e.group, e.split, e.level, e.kind, e.question, e.answer, e.candidates, given, right)
+        )
+    answers = gs.BehaviorResult(tuple(rows), gs.Cost(None, None, len(rows)))
+    audit = gs.audit(data, answers, pixels=False)
+    row = next(row for row in audit.errors if row.cause == "polysemous nouns")
+    wrong = np.array([not r.correct for r in rows])
+    flags = np.array([r.id in concerned for r in rows])
+    assert row.concerned.value == pytest.approx(wrong[flags].mean())
+    assert row.others.value == pytest.approx(wrong[~flags].mean())
+    assert row.difference.value == pytest.approx(wrong[flags].mean() - wrong[~flags].mean())
+    assert 0 < row.difference.low < 0.4 < row.difference.high
+    assert audit.frame().set_index("cause").loc["polysemous nouns", "error_difference"] == row.difference.value
+    with pytest.raises(DataError, match="none of the"):
+        gs.audit(data, gs.BehaviorResult((replace(rows[0], id="other"),), answers.cost), pixels=False)
+
+
+def test_an_audit_is_read_back(tmp_path: Path) -> None:
+    audit = gs.audit(gs.scenes.dataset(10), pixels=False)
+    audit.save(tmp_path / "audit.json")
+    assert gs.Audit.load(tmp_path / "audit.json") == audit
+    (tmp_path / "audit.json").write_text((tmp_path / "audit.json").read_text().replace("s0-1", "s0-2"))
+    with pytest.raises(DataError, match=r"audit\.json"):
+        gs.Audit.load(tmp_path / "audit.json")
+
+
+def test_bad_input_is_one_sentence() -> None:
+    images_alone = ConceptDataset("images", (question("a", "Is there a dog in the image?", "yes"),))
+    with pytest.raises(DataError, match="cause 'swapped captions': the data have no"):
+        gs.audit(images_alone, causes=["swapped captions"])
+    with pytest.raises(DataError, match="cause 'poor captions': the data have no captions"):
+        gs.audit(images_alone, causes=["poor captions"])
+    with pytest.raises(ConfigError, match="blurred images"):
+        gs.audit(images_alone, causes=["blured images"])
+    with pytest.raises(DataError, match="no examples"):
+        gs.audit(ConceptDataset("none", ()))
+    assert "no captions" in gs.audit(images_alone).cause("poor captions").reason
+
+
+@pytest.mark.parametrize("loader", [name for name in gs.loaders.LOADERS if name != "pairs"])
+def test_the_data_of_every_loader_can_be_audited(loader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example in the docstring of each loader makes its data."""
+    made: list[ConceptDataset] = []
+    original = ConceptDataset.__post_init__
+
+    def record(self: ConceptDataset) -> None:
+        original(self)
+        made.append(self)
+
+    monkeypatch.setattr(ConceptDataset, "__post_init__", record)
+    monkeypatch.chdir(tmp_path)
+    for test in examples(ROOT / "concepts" / "loaders" / f"{loader}.py"):
+        doctest.DocTestRunner(optionflags=OPTIONS, verbose=False).run(test, out=lambda _: None, clear_globs=False)
+    data = [dataset for dataset in made if len(dataset)]
+    assert data
+    audit = gs.audit(data[-1])
+    assert [report.name for report in audit.causes] == list(CAUSES)
+    assert any(report.measured for report in audit.causes)
