@@ -104,7 +104,7 @@ def test_the_command_puts_images_on_a_canvas(
         tmp_path, monkeypatch, capsys,
     )  # fmt: skip
     assert status == 0, errors
-    assert "color by recolor pairs" in output
+    assert "color by recolor; every head patched exactly" in output
     run = RunFiles(tmp_path / "runs" / "default")
     assert run.pairs["color"]["method"] == "recolor"
     example = next(iter(run.examples.values()))
