@@ -38,7 +38,10 @@ def descriptions_section(run: RunFiles) -> str:
         parts.append(closed(f"descriptions-{condition}", f"Descriptions with the most wrong spans: {label}", examples))
     if not rates:
         return ""
-    cells = [[name, *(interval(by_level[level]) for level in LEVELS)] for name, by_level in rates.items()]
+    cells = [
+        [name, *(interval(by_level[level]) if by_level[level].n else "-" for level in LEVELS)]
+        for name, by_level in rates.items()
+    ]
     return section(
         "descriptions",
         "Free text",
