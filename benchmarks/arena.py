@@ -33,7 +33,7 @@ from experiments.config import PatchConfig
 from experiments.stages.patch import KINDS, MIN_RIGHT
 from mitigation.arena.figure import errors_of
 from mitigation.arena.result import ArenaResult
-from mitigation.arena.rows import ArenaRow, default_rows, make_row
+from mitigation.arena.rows import ArenaRow, default_rows, make_rows
 from mitigation.arena.run import ArenaOptions, run_arena
 from mitigation.arena.search import choose_parameters, search_summary
 from mitigation.arena.tables import as_text
@@ -81,7 +81,7 @@ def main() -> None:
     model = gs.load_lvlm("tiny")
     data, validation = derivation_data(model, options.folder, 40 if options.quick else DERIVATION)
     names = default_rows(data)
-    rows = [make_row(name, data) for name in names]
+    rows = make_rows(names, data)
     chosen: list[ArenaRow] = []
     console = wide_console()
     for name in names if options.choose else []:

@@ -18,7 +18,7 @@ from groundscope.core.text import format_count
 from lvlm.sampling import Sampling
 from mitigation.arena.figure import errors_of, pareto_figure
 from mitigation.arena.result import ArenaResult
-from mitigation.arena.rows import ArenaRow, control_rows, default_rows, make_row, parse_row
+from mitigation.arena.rows import ArenaRow, control_rows, default_rows, make_rows, parse_row
 from mitigation.arena.run import ArenaOptions, run_arena
 from mitigation.arena.search import choose_parameters, search_summary
 from mitigation.arena.tables import as_csv, as_html, as_latex
@@ -75,17 +75,17 @@ def make_arena(context: Context, root: Path) -> str:
     validation, derivation = _divided(context.discovery, options.choose_images if options.choose else 0)
     data = _derivation_data(context, derivation)
     texts = list(options.methods or default_rows(data))
-    texts += [name for name in control_rows(data) if name not in {parse_row(text)[0] for text in texts}]
-    rows = [make_row(text, data) for text in texts]
+    texts += [text for text in control_rows(data, texts) if parse_row(text) not in [parse_row(t) for t in texts]]
+    rows = make_rows(texts, data)
     chosen: list[ArenaRow] = []
     if options.choose:
         tried = {}
-        for name in dict.fromkeys(parse_row(text)[0] for text in texts):
+        for text in texts:
             row, configurations = choose_parameters(
-                name, data, validation, max_drop=options.max_drop, batch_size=options.batch_size
+                text, data, validation, max_drop=options.max_drop, batch_size=options.batch_size
             )
-            tried[name] = search_summary(configurations)
-            if row is not None and len(configurations) > 1:
+            tried[text] = search_summary(configurations)
+            if row is not None and len(configurations) > 1 and row.name not in {r.name for r in chosen}:
                 chosen.append(row)
         write_json(root / "chosen.json", tried)
     test = _limited(context.held_out, options.limit)

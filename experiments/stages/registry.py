@@ -74,9 +74,9 @@ def _arena_spares(context: Context) -> tuple[str, ...]:
     methods = context.config.arena.methods
     if methods is None:
         return ("trace", "patch")
-    from mitigation.arena.rows import parse_row, row_needs
+    from mitigation.arena.rows import row_needs
 
-    needs = {need for text in methods for need in row_needs(parse_row(text)[0])}
+    needs = {need for text in methods for need in row_needs(text)}
     return tuple(stage for stage, need in (("trace", "store"), ("patch", "heads")) if need not in needs)
 
 

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from groundscope.core.errors import GroundscopeError
 from mitigation.arena.measures import Counted, count_answers
-from mitigation.arena.rows import ArenaRow, row_of
-from mitigation.arena.steering_rows import derive_mitigation
-from mitigation.methods import mitigations
+from mitigation.arena.rows import ArenaRow, derived_mitigation, parse_row, row_of
 from mitigation.strength import PRIOR_ERRORS, RECALL_COST
+from mitigation.training_free.controls.method_control import MethodControl
 from mitigation.training_free.table import training_free_methods
 
 if TYPE_CHECKING:
@@ -67,23 +66,32 @@ class Configuration:
     problem: str | None = None
 
 
-def configurations(name: str) -> list[dict[str, Any]]:
-    """Return the configurations of a method that are tried; one, without parameters, for a method that has no grid.
+def configurations(text: str) -> list[dict[str, Any]]:
+    """Return the configurations of a row that are tried; a control is searched over the parameter of its method.
+
+    One configuration, with the published parameters, for a method that has no grid. Other parameters of the row are not used.
 
     Examples
     --------
     >>> from mitigation.arena.search import configurations
-    >>> configurations("discriminant")[0]
-    {'strength': 0.25}
+    >>> configurations("discriminant")[0], configurations("random_text(of=pai)")[0]
+    ({'strength': 0.25}, {'of': 'pai', 'alpha': 0.1})
     """
-    if name in GRIDS:
-        parameter, values = GRIDS[name]
-        return [{parameter: value} for value in values]
-    return [{"strength": value} for value in STRENGTHS] if name in mitigations else [{}]
+    name, parameters = parse_row(text)
+    if name not in training_free_methods:
+        control = {key: value for key, value in parameters.items() if key == "control"}
+        return [{**control, "strength": value} for value in STRENGTHS]
+    cls = training_free_methods[name]
+    of = {"of": parameters.get("of", cls.default_of[0])} if issubclass(cls, MethodControl) else {}
+    searched = of.get("of", name)
+    if searched not in GRIDS:
+        return [of]
+    parameter, values = GRIDS[searched]
+    return [{**of, parameter: value} for value in values]
 
 
 def choose_parameters(
-    name: str,
+    text: str,
     data: DerivationData,
     validation: ConceptDataset,
     *,
@@ -94,8 +102,9 @@ def choose_parameters(
 
     Parameters
     ----------
-    name
-        Name of the method or of the derivation of a steering vector.
+    text
+        Name of the method or of the derivation of a steering vector; of a control with its method, such as
+        ``random_text(of=pai)``.
     data
         What the method is made from.
     validation
@@ -115,8 +124,9 @@ def choose_parameters(
     model = data.model
     before = count_answers(answer(model, validation, batch_size=batch_size, progress=False), validation)
     tried: list[tuple[Configuration, ArenaRow | None]] = []
-    derived = _derived(name, data)
-    for parameters in configurations(name):
+    name = parse_row(text)[0]
+    derived = _derived(text, data)
+    for parameters in configurations(text):
         row = row_of(name, parameters, data, derived=derived)
         if row.mitigation is None:
             tried.append((Configuration(parameters, 1.0, 1.0, allowed=False, problem=row.problem), None))
@@ -134,12 +144,13 @@ def choose_parameters(
     return None if best is None else best[1], tuple(c for c, _ in tried)
 
 
-def _derived(name: str, data: DerivationData) -> Mitigation | None:
+def _derived(text: str, data: DerivationData) -> Mitigation | None:
     """Return what a derivation makes, which all strengths share; None for other methods, and if it makes nothing."""
-    if name in training_free_methods or name not in mitigations:
+    name, parameters = parse_row(text)
+    if name in training_free_methods:
         return None
     with suppress(GroundscopeError):
-        return derive_mitigation(name, data)
+        return derived_mitigation(name, data, parameters.get("control"))
     return None
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from groundscope.core.errors import DataError
 from mitigation.guard import guard_limits
-from mitigation.methods import mitigations
+from mitigation.methods import CONTROLS, mitigations
 from mitigation.steering.vector import SteeringVector
 from mitigation.strength import choose_guarded, sweep_strengths
 from mitigation.text_probe import TextProbe
@@ -34,14 +34,6 @@ def derive_mitigation(name: str, data: DerivationData) -> Mitigation:
     ------
     DataError
         For a derivation that acts on heads, without heads.
-
-    Examples
-    --------
-    >>> import groundscope as gs
-    >>> from mitigation.arena.steering_rows import derive_mitigation
-    >>> data = gs.DerivationData(gs.load_lvlm("tiny"), None, gs.scenes.dataset(10), heads=["L3.H1", "L4.H2"])
-    >>> derive_mitigation("amplify", data).decay
-    0.5
     """
     entry = mitigations[name]
     missing = [option for option in entry.required if option not in data.options]
@@ -51,7 +43,7 @@ def derive_mitigation(name: str, data: DerivationData) -> Mitigation:
     if acts_on_heads(name) and not data.heads and data.site is None:
         msg = f"{name} acts on heads, and there are none; pass those that patching ranks highest, or a site"
         raise DataError(msg)
-    mitigation = entry.make(replace(data, options={"doubt": DOUBT, **data.options}))
+    mitigation = entry.make(_with_defaults(data))
     if isinstance(mitigation, SteeringVector) and mitigation.positions == "last+generated":
         return mitigation.decaying(DECAY)
     return mitigation
@@ -67,16 +59,6 @@ def choose_vector(name: str, vector: SteeringVector, data: DerivationData) -> tu
     ------
     DataError
         If no strength has fewer errors within the guards, so that a run would not steer; and for data without such questions.
-
-    Examples
-    --------
-    >>> import groundscope as gs
-    >>> from mitigation.arena.steering_rows import choose_vector, derive_mitigation
-    >>> model, scenes = gs.load_lvlm("tiny"), gs.scenes.dataset(10)
-    >>> data = gs.DerivationData(model, None, scenes, heads=["L3.H1", "L4.H2"])
-    >>> vector, strength = choose_vector("amplify", derive_mitigation("amplify", data), data)
-    >>> vector.strength == strength in (0.5, 1.0, 1.5, 2.0)
-    True
     """
     questions = data.examples.filter(lambda e: bool(e.candidates))
     if not len(questions):
@@ -97,8 +79,24 @@ def choose_vector(name: str, vector: SteeringVector, data: DerivationData) -> tu
     return vector.scaled(row["strength"]), row["strength"] / unit
 
 
+def control_of(control: str, name: str, vector: SteeringVector, data: DerivationData) -> SteeringVector:
+    """Return a control (an entry of `mitigation.CONTROLS`) of a derivation's vector, with the same displacement at strength 1."""
+    return CONTROLS[control](vector, mitigations[name], _with_defaults(data))
+
+
+def _with_defaults(data: DerivationData) -> DerivationData:
+    return replace(data, options={"doubt": DOUBT, **data.options})
+
+
 def acts_on_heads(name: str) -> bool:
-    """Whether a derivation acts on the selected heads of the data."""
+    """Whether a derivation acts on the selected heads of the data.
+
+    Examples
+    --------
+    >>> from mitigation.arena.steering_rows import acts_on_heads
+    >>> acts_on_heads("amplify"), acts_on_heads("vti_vision")
+    (True, False)
+    """
     return not mitigations[name].own_places and name != "optimize"
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from lvlm.decoding.attention_edits import Queries, check_attention_edits, edit_attention, read_attention
+from lvlm.decoding.attention_edits import Editor, Queries, check_attention_edits, edit_attention, read_attention
 from lvlm.decoding.attention_rows import AttentionRows
 from lvlm.encoding.continued_inputs import append_tokens
 from mitigation.training_free.lens import check_blocks, check_depth
@@ -60,11 +60,13 @@ class AttentionMethod(TrainingFree):
         check_depth(self.edited_layers(model), model.n_layers, self.label, model)
 
     def _enter(self, model: Lvlm, stack: ExitStack) -> Decoder | None:
+        return self._enter_edit(model, stack, self.edited)
+
+    def _enter_edit(self, model: Lvlm, stack: ExitStack, editor: Editor) -> Decoder | None:
+        """Enter the method with `editor` in place of `edited`; controls pass an editor that acts elsewhere."""
         if not self.neutral:
             layers = self.edited_layers(model)
-            stack.enter_context(
-                edit_attention(model, self.edited, layers=layers, queries=self.queries, registered=True)
-            )
+            stack.enter_context(edit_attention(model, editor, layers=layers, queries=self.queries, registered=True))
         return None
 
 

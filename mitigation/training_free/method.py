@@ -82,6 +82,11 @@ class TrainingFree:
         return self.cost
 
     @classmethod
+    def parameter_names(cls, parameters: Mapping[str, Any]) -> list[str]:
+        """Return the names of the parameters; for controls of other methods they depend on the method."""
+        return [f.name for f in fields(cls)]
+
+    @classmethod
     def derive(cls, data: DerivationData, **parameters: Any) -> Self:
         """Return the method for a model and data; methods without `needs` ignore the data.
 
@@ -131,7 +136,7 @@ class TrainingFree:
 
 def check_parameters(method: type[TrainingFree], parameters: Mapping[str, Any]) -> None:
     """Raise `ConfigError` for a parameter that a method does not have."""
-    names = [f.name for f in fields(method)]
+    names = method.parameter_names(parameters)
     unknown = next((name for name in parameters if name not in names), None)
     if unknown is not None:
         listed = ", ".join(names) or "none"

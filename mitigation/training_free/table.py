@@ -11,6 +11,9 @@ from mitigation.self_judgment.dsgd import SelfJudgmentDecoding
 from mitigation.self_judgment.fgsd import HarmRefusal
 from mitigation.training_free.controls.cut import CutGreedy
 from mitigation.training_free.controls.random_branches import GaussianBranch, OtherImageBranch
+from mitigation.training_free.controls.random_heads import RandomHeads
+from mitigation.training_free.controls.random_layers import RandomLayers
+from mitigation.training_free.controls.random_text import RandomText
 from mitigation.training_free.controls.rules import APCOnly, Greedy, YesNoBias
 from mitigation.training_free.method import TrainingFree
 from mitigation.training_free.methods.ad_hh import ADHH
@@ -65,6 +68,9 @@ training_free_methods: Registry[type[TrainingFree]] = Registry(
         "greedy": Greedy,
         "greedy_cut": CutGreedy,
         "other_image_branch": OtherImageBranch,
+        "random_heads": RandomHeads,
+        "random_layers": RandomLayers,
+        "random_text": RandomText,
         "adapt_vis": AdaptVis,
         "augment": Augment,
         "avisc": AvisC,

@@ -26,12 +26,13 @@ from mitigation.arena.figure import front, pareto_figure
 from mitigation.arena.measures import CAPTION_INVENTED, CAPTION_WORDS, change, count_answers, improves
 from mitigation.arena.price import measure_price
 from mitigation.arena.result import ArenaResult
-from mitigation.arena.rows import ArenaRow, default_rows, make_row, parse_row
+from mitigation.arena.rows import ArenaRow, control_rows, default_rows, make_row, make_rows, parse_row
 from mitigation.arena.run import ArenaOptions, run_arena
 from mitigation.arena.search import CONFIGURATIONS, GRIDS, choose_parameters, configurations, search_summary
 from mitigation.arena.steering_rows import DECAY, DOUBT, MAX_DROP, STRENGTHS, choose_vector, derive_mitigation
 from mitigation.arena.tables import as_csv, as_html, as_latex, as_text
 from mitigation.protocol import ForwardCost
+from mitigation.steering.activations import read
 from mitigation.training_free.method import TrainingFree
 
 
@@ -242,7 +243,7 @@ def test_sampled_rows_have_a_spread_over_seeds(model: Lvlm) -> None:
         ("vcd(alfa=1)", "did you mean alpha"),
         ("vcd(alpha)", "must be parameter=value"),
         ("vcd(alpha=1", "is no row of an arena"),
-        ("discriminant(alpha=1)", "has the parameter strength only"),
+        ("discriminant(alpha=1)", "has the parameters strength and control, not 'alpha'"),
     ],
 )
 def test_unknown_rows_are_refused_before_work(text: str, message: str) -> None:
@@ -324,6 +325,54 @@ def test_a_vector_that_a_run_would_not_apply_has_a_problem(steering: gs.Derivati
     assert row.mitigation.strength == 2
 
 
+def test_controls_of_a_vector_have_its_strength_and_displacement(steering: gs.DerivationData) -> None:
+    texts = ["amplify", "amplify(control=derived at other heads)", "amplify(control=random direction)"]
+    rows = make_rows(texts, steering)
+    vector, moved, random = (row.mitigation for row in rows)
+    assert [row.control for row in rows] == [False, True, True]
+    assert rows[1].name == rows[0].name.replace("amplify", "amplify, derived at other heads")
+    assert isinstance(vector, gs.SteeringVector)
+    assert isinstance(moved, gs.SteeringVector)
+    assert isinstance(random, gs.SteeringVector)
+    assert (moved.strength, random.strength) == (vector.strength, vector.strength)
+    assert len(moved.heads) == 3
+    assert not set(moved.heads) & set(vector.heads)
+    assert random.heads == vector.heads
+    store: Any = steering.store
+
+    def rms(item: gs.SteeringVector, head: gs.Head) -> float:
+        added = item.changes[head].displacements(read(store, head, "last"))  # type: ignore[union-attr]
+        return float(np.sqrt((added**2).sum(1).mean()))
+
+    for mine, other in zip(vector.heads, moved.heads, strict=True):
+        assert rms(moved, other) == pytest.approx(rms(vector, mine), rel=1e-4)
+    with pytest.raises(ConfigError, match="unknown control 'random'; choose from random direction"):
+        parse_row("amplify(control=random)")
+
+
+def test_controls_of_methods_are_rows_next_to_their_methods(steering: gs.DerivationData) -> None:
+    texts = default_rows(steering)
+    of = [text for text in texts if "(" in text]
+    assert {"random_text(of=pai)", "random_heads(of=ad_hh)", "random_layers(of=dola)"} <= set(of)
+    assert {"discriminant(control=derived at other heads)", "amplify(control=random direction)"} <= set(of)
+    added = control_rows(steering, ["spin", "amplify"])
+    assert [text for text in added if "(" in text] == [
+        "random_heads(of=spin)",
+        "amplify(control=derived at other heads)",
+        "amplify(control=random direction)",
+    ]
+
+
+def test_every_control_of_a_method_has_as_many_configurations_as_the_method(steering: gs.DerivationData) -> None:
+    for text in default_rows(steering):
+        name, parameters = parse_row(text)
+        of = str(parameters.get("of", name))
+        assert len(configurations(text)) == len(configurations(of)), text
+    assert configurations("gaussian_branch") == [{"of": "vcd", **c} for c in configurations("vcd")]
+    control = {"control": "random direction"}
+    assert configurations("amplify(control=random direction)")[0] == {**control, "strength": 0.25}
+
+
 def test_a_search_derives_a_vector_once(steering: gs.DerivationData, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
 
@@ -331,8 +380,7 @@ def test_a_search_derives_a_vector_once(steering: gs.DerivationData, monkeypatch
         made.append(name)
         return derive_mitigation(name, data)
 
-    for module in ("search", "rows"):
-        monkeypatch.setattr(f"mitigation.arena.{module}.derive_mitigation", derive)
+    monkeypatch.setattr("mitigation.arena.rows.derive_mitigation", derive)
     validation = gs.scenes.dataset(10, seed=7, splits=["conflict", "adversarial"])
     _, tried = choose_parameters("discriminant", steering, validation)
     assert [c.parameters["strength"] for c in tried] == [0.25, 0.5, 1.0, 1.5, 2.0]

@@ -20,17 +20,13 @@ from mitigation.training_free.methods.damro import DAMRO
 from mitigation.training_free.methods.only import ONLY, mixed_logits
 from mitigation.training_free.methods.sid import SID, lowest
 from tests.toys.attention_oracle import Call, by_hand, plain
-from tests.toys.decoding_oracle import double_model, naive_steps
+from tests.toys.decoding_oracle import double_model
 from tests.toys.examples import example
 from tests.toys.families import model
+from tests.toys.method_oracle import STEPS, Run, assert_decodes, inputs_of
 from tests.toys.random_models import hooks_of
 
 FAMILIES = ("llava", "qwen2_5_vl", "mistral3")
-STEPS = 3
-
-
-def inputs_of(batch: Any) -> list[dict[str, Tensor]]:
-    return [{n: x.double() if x.is_floating_point() else x for n, x in e.inputs.items()} for e in batch.encodings]
 
 
 def contrasted(alpha: float, beta: float) -> Callable[[int, Any], Tensor]:
@@ -45,32 +41,13 @@ def contrasted(alpha: float, beta: float) -> Callable[[int, Any], Tensor]:
 def assert_rule(
     family: str,
     method: TrainingFree,
-    branch: Callable[[Lvlm, dict[str, Tensor]], Any],
+    branch: Callable[[Lvlm, dict[str, Tensor]], Run],
     combine: Callable[[int, Any], Tensor],
 ) -> None:
-    """`branch` returns the inputs of the branch, and a function that opens its changes of the model."""
-    lvlm = double_model(family)
-    batch = next(lvlm.batches([example(0), example(1)], 2))
-    scores: list[Tensor] = []
-    with method.applied(lvlm):
-        rule: Any = lvlm.decoder.start(lvlm, batch)  # type: ignore[union-attr]
-        original = rule.combine
-        rule.combine = lambda step: (scores.append(original(step)), scores[-1])[1]
-        answers = generate(lvlm, batch, rule, STEPS, ends=False)
-    for row, inputs in enumerate(inputs_of(batch)):
-        other, context = branch(lvlm, inputs)
-        contexts = [lambda: by_hand(lvlm, plain, 0), context]
-        tokens, expected = naive_steps(lvlm, [inputs, other], combine, STEPS, contexts)
-        assert answers[row] == tokens
-        for ours, written in zip(scores, expected, strict=True):
-            assert torch.equal(ours[row].isinf(), written.isinf())
-            torch.testing.assert_close(ours[row].log_softmax(-1), written.log_softmax(-1), atol=3e-5, rtol=0)
-        assert (expected[0].log_softmax(-1) - main_of(lvlm, inputs)).abs()[~expected[0].isinf()].max() > 1e-3
+    def runs(lvlm: Lvlm, inputs: dict[str, Tensor]) -> list[Run]:
+        return [(inputs, lambda: by_hand(lvlm, plain, 0)), branch(lvlm, inputs)]
 
-
-def main_of(lvlm: Lvlm, inputs: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        return lvlm.hf(**inputs, use_cache=False).logits[0, -1].log_softmax(-1)
+    assert_decodes(family, method, runs, combine, atol=3e-5)
 
 
 # ---- SID

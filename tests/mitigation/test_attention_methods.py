@@ -13,8 +13,6 @@ from torch import Tensor
 import groundscope as gs
 from groundscope.core.errors import ConfigError, ModelError
 from lvlm import Lvlm
-from lvlm.decoding.decoder import AnswerRule, Step
-from lvlm.decoding.loop import generate
 from mitigation.training_free.attention import AttentionMethod, image_attention
 from mitigation.training_free.method import TrainingFree
 from mitigation.training_free.methods.ad_hh import ADHH
@@ -29,55 +27,20 @@ from tests.toys.attention_oracle import Call, by_hand, edited_scores, plain
 from tests.toys.decoding_oracle import double_model, naive_steps, text_only
 from tests.toys.examples import example
 from tests.toys.families import model
+from tests.toys.method_oracle import STEPS, Run, answers_of, assert_decodes, inputs_of, main_logits
 from tests.toys.random_models import hooks_of
 
 FAMILIES = ("llava", "qwen2_5_vl", "mistral3")
-STEPS = 3
-
-
-class Recorded:
-    """A rule whose scores at each step are stored."""
-
-    def __init__(self, rule: AnswerRule) -> None:
-        self.rule, self.scores = rule, []
-        self.sites, self.image_sites, self.branches = rule.sites, rule.image_sites, rule.branches
-
-    def combine(self, step: Step) -> Tensor:
-        self.scores.append(self.rule.combine(step))
-        return self.scores[-1]
-
-
-def inputs_of(batch: Any) -> list[dict[str, Tensor]]:
-    return [{n: x.double() if x.is_floating_point() else x for n, x in e.inputs.items()} for e in batch.encodings]
-
-
-def answers_of(lvlm: Lvlm, batch: Any, method: TrainingFree) -> tuple[list[list[int]], list[Tensor]]:
-    """Two prompts in one batch with caches."""
-    with method.applied(lvlm):
-        decoder: Any = lvlm.decoder
-        ours: Any = Recorded(decoder.start(lvlm, batch) if decoder else AnswerRule())
-        return generate(lvlm, batch, ours, STEPS, ends=False), ours.scores
 
 
 def assert_rule(
-    family: str, method: TrainingFree, rule: Callable[[Lvlm], Any], combine: Any = None, *, blind: bool = False
+    family: str, method: TrainingFree, rule: Callable[[Lvlm], Any], combine: Any = main_logits, *, blind: bool = False
 ) -> None:
-    lvlm = double_model(family)
-    batch = next(lvlm.batches([example(0), example(1)], 2))
-    answers, scores = answers_of(lvlm, batch, method)
-    changed = False
-    for row, inputs in enumerate(inputs_of(batch)):
-        prompt = inputs["input_ids"].shape[1]
-        prompts = [inputs, text_only(lvlm, inputs)] if blind else [inputs]
-        contexts = [lambda n=prompt: by_hand(lvlm, rule(lvlm), n), lambda: by_hand(lvlm, plain, 0)]
-        tokens, expected = naive_steps(lvlm, prompts, combine or (lambda _, x: x[0]), STEPS, contexts)
-        assert answers[row] == tokens
-        for ours, written in zip(scores, expected, strict=True):
-            assert torch.equal(ours[row].isinf(), written.isinf())
-            torch.testing.assert_close(ours[row].log_softmax(-1), written.log_softmax(-1), atol=1e-5, rtol=0)
-        _, unchanged = naive_steps(lvlm, [inputs], lambda _, x: x[0], 1)
-        changed |= not torch.allclose(unchanged[0].log_softmax(-1), expected[0].log_softmax(-1), atol=1e-4)
-    assert changed
+    def runs(lvlm: Lvlm, inputs: dict[str, Tensor]) -> list[Run]:
+        main: Run = (inputs, lambda: by_hand(lvlm, rule(lvlm), inputs["input_ids"].shape[1]))
+        return [main, (text_only(lvlm, inputs), lambda: by_hand(lvlm, plain, 0))] if blind else [main]
+
+    assert_decodes(family, method, runs, combine)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

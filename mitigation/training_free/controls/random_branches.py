@@ -5,18 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from groundscope.core.errors import ConfigError, DataError
 from lvlm.decoding.decoder import AnswerRule, Branch, RuleDecoder, Step
-from lvlm.intervention_digest import digest_of
-from mitigation.protocol import ForwardCost
 from mitigation.training_free.branches import with_images
-from mitigation.training_free.method import TrainingFree, check_parameters
+from mitigation.training_free.controls.method_control import MethodControl
+from mitigation.training_free.method import TrainingFree
+from mitigation.training_free.methods.avisc import AvisC
+from mitigation.training_free.methods.code import CODE
+from mitigation.training_free.methods.damro import DAMRO
+from mitigation.training_free.methods.icd import ICD
+from mitigation.training_free.methods.lcd import LCD
+from mitigation.training_free.methods.m3id import M3ID
+from mitigation.training_free.methods.pai import PAI
+from mitigation.training_free.methods.ritual import RITUAL
+from mitigation.training_free.methods.sid import SID
 from mitigation.training_free.methods.vcd import VCD
+from mitigation.training_free.methods.vdd import VDD
 from mitigation.training_free.seeds import generator_of, torch_generator_of
 
 if TYPE_CHECKING:
@@ -29,40 +39,18 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class _BranchControl(TrainingFree):
+class _BranchControl(MethodControl):
     """A control of a method with branches."""
 
-    control: ClassVar[bool] = True
+    methods: ClassVar[Mapping[str, type[TrainingFree]]] = MappingProxyType(
+        {
+            "vcd": VCD, "icd": ICD, "vdd": VDD, "lcd": LCD, "m3id": M3ID, "avisc": AvisC, "ritual": RITUAL, "sid": SID,
+            "damro": DAMRO, "pai": PAI, "code": CODE,
+        }
+    )  # fmt: skip
+    default_of: ClassVar[tuple[str, ...]] = ("vcd",)
 
     of: TrainingFree = field(default_factory=VCD)
-    """The method whose rule and parameters are used."""
-    seed: int = 0
-    """Seed, together with the id of the question."""
-
-    @property
-    def name(self) -> str:
-        """The control and its method."""
-        return f"{self.label} in {self.of.name}" + (f" (seed={self.seed})" if self.seed else "")
-
-    @property
-    def parameters(self) -> Mapping[str, Any]:
-        """Parameters of the control and of its method."""
-        return {"of": self.of.label, "of_parameters": dict(self.of.parameters), "seed": self.seed}
-
-    @property
-    def forward_cost(self) -> ForwardCost:
-        """Forward passes of the method."""
-        return self.of.forward_cost
-
-    def problem(self, model: Lvlm, example: Example) -> str | None:
-        """Return the problem of the method."""
-        return self.of.problem(model, example)
-
-    def _digest(self) -> str | None:
-        return digest_of([type(self).__name__, type(self.of).__name__, dict(self.parameters)])
-
-    def _check(self, model: Lvlm) -> None:
-        self.of.check(model)
 
     def _enter(self, model: Lvlm, stack: ExitStack) -> Decoder | None:
         decoder = self.of._enter(model, stack)
@@ -174,14 +162,13 @@ class OtherImageBranch(_BranchControl):
     """Images to draw from; at least two."""
 
     @classmethod
-    def derive(cls, data: DerivationData, **parameters: Any) -> Self:
-        """Return the control with the images of the data; raises `DataError` for fewer than two images."""
-        check_parameters(cls, parameters)
+    def _derived(cls, data: DerivationData) -> Mapping[str, Any]:
+        """Return the images of the data; raises `DataError` for fewer than two."""
         images = {image.identity: image for example in data.examples for image in example.images}
         if len(images) < 2:
             msg = "another image is drawn from those of the data, and they have fewer than two"
             raise DataError(msg)
-        return cls(**{"images": tuple(images.values()), **parameters})
+        return {"images": tuple(images.values())}
 
     @property
     def parameters(self) -> Mapping[str, Any]:

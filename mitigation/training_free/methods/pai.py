@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from lvlm.decoding.attention_edits import edit_attention
+from lvlm.decoding.attention_edits import Editor, edit_attention
 from lvlm.decoding.attention_rows import AttentionRows
 from lvlm.decoding.decoder import Branch, Step
 from mitigation.protocol import ForwardCost
@@ -87,10 +87,10 @@ class PAI(AttentionMethod, BranchMethod):
         if self.gamma != 1:
             check_runs_without_image(model, self.label)
 
-    def _enter(self, model: Lvlm, stack: ExitStack) -> Decoder | None:
+    def _enter_edit(self, model: Lvlm, stack: ExitStack, editor: Editor) -> Decoder | None:
         if self.alpha:
             layers = self.edited_layers(model)
-            stack.enter_context(edit_attention(model, self.edited, layers=layers, branches=[0], registered=True))
+            stack.enter_context(edit_attention(model, editor, layers=layers, branches=[0], registered=True))
         return None if self.gamma == 1 and (self.alpha == 0 or self.beta == 0) else BranchDecoder(self)
 
     def _branches(self, model: Lvlm, batch: Batch, state: Any) -> Sequence[Branch]:

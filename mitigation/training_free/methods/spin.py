@@ -71,7 +71,18 @@ class SPIN(AttentionMethod):
 def top_heads(scores: Tensor, image: Tensor, keep: float) -> Tensor:
     """Return the heads with the highest sums of scores to image tokens, bool ``[rows, heads, queries]``."""
     sums = scores.masked_fill(~image, 0).sum(-1)
-    # Shares such as .8 of 5 heads are whole numbers that floating point may put just below.
-    count = math.floor(keep * sums.shape[1] + 1e-9)
-    top = sums.topk(count, dim=1).indices
+    top = sums.topk(kept_count(keep, sums.shape[1]), dim=1).indices
     return torch.zeros_like(sums, dtype=torch.bool).scatter(1, top, value=True)
+
+
+def kept_count(keep: float, heads: int) -> int:
+    """Return the number of heads that stay, rounded down.
+
+    Examples
+    --------
+    >>> from mitigation.training_free.methods.spin import kept_count
+    >>> kept_count(0.8, 5), kept_count(0.95, 8)
+    (4, 7)
+    """
+    # Shares such as .8 of 5 heads are whole numbers that floating point may put just below.
+    return math.floor(keep * heads + 1e-9)

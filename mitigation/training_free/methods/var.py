@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from groundscope.core.errors import ConfigError, ModelError
-from lvlm.decoding.attention_edits import current_layout, edit_attention
+from lvlm.decoding.attention_edits import Editor, current_layout, edit_attention
 from lvlm.decoding.attention_rows import AttentionRows
 from lvlm.decoding.cache_check import check_prompts
 from lvlm.sites import Site
@@ -106,11 +106,11 @@ class VAR(AttentionMethod):
             msg = f"{self.label}: dimension {max(self.dimensions or (0,))}, but {model.name} has dimensions 0-{model.width - 1}"
             raise ConfigError(msg)
 
-    def _enter(self, model: Lvlm, stack: ExitStack) -> Decoder | None:
+    def _enter_edit(self, model: Lvlm, stack: ExitStack, editor: Editor) -> Decoder | None:
         if self.neutral:
             return None
         layers, dimensions = self.edited_layers(model), self._dimensions(model)
-        stack.enter_context(edit_attention(model, self.edited, layers=layers, registered=True))
+        stack.enter_context(edit_attention(model, editor, layers=layers, registered=True))
         for layer in layers:
 
             def mark(x: Tensor, layer: int = layer) -> None:
