@@ -22,9 +22,9 @@ HEAD_WIDTH, PATCH_SIZE = 64, 14
 
 
 def build_network(
-    layers: int = 16, heads: int = 8, image_side: int = 16, seed: int = 0
+    layers: int = 16, heads: int = 8, image_side: int = 16, seed: int = 0, words: int = 8192
 ) -> LlavaForConditionalGeneration:
-    """Build the model with random weights; an image has ``image_side ** 2`` tokens."""
+    """Build the model with random weights and a vocabulary of `words`; an image has ``image_side ** 2`` tokens."""
     torch.manual_seed(seed)
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
@@ -37,7 +37,7 @@ def build_network(
             projection_dim=256,
         ),
         text_config=LlamaConfig(
-            vocab_size=8192,
+            vocab_size=words,
             hidden_size=HEAD_WIDTH * heads,
             intermediate_size=172 * heads,
             num_hidden_layers=layers,

@@ -7,7 +7,8 @@ effect, so it is reported by its qualified name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -137,6 +138,23 @@ def unregistered_hooks(module: nn.Module) -> tuple[str, ...]:
     return tuple(descriptions)
 
 
+@contextmanager
+def without_marked_hooks(module: nn.Module) -> Iterator[None]:
+    """Suspend observers and hooks of interventions in a module's tree while the context is open, to measure the module alone."""
+    tables = [table for inner in module.modules() for table in (inner._forward_pre_hooks, inner._forward_hooks)]
+    suspended = [(table, dict(table)) for table in tables if any(map(_is_marked, table.values()))]
+    for table, hooks in suspended:
+        for key, hook in hooks.items():
+            if _is_marked(hook):
+                del table[key]
+    try:
+        yield
+    finally:
+        for table, hooks in suspended:
+            table.clear()
+            table.update(hooks)  # in their order
+
+
 def intervention_record(module: nn.Module) -> dict[str, Any]:
     """Return a module's ``interventions`` and unregistered ``hooks`` as plain values; each key only if there are some."""
     interventions = [item.record() for item in active_interventions(module)]
@@ -148,6 +166,10 @@ def unidentified_changes(module: nn.Module) -> tuple[str, ...]:
     """Return the names of unregistered hooks, and of active interventions without a digest."""
     opaque = (f"{item.kind} {item.name}" for item in active_interventions(module) if item.digest is None)
     return (*unregistered_hooks(module), *opaque)
+
+
+def _is_marked(hook: Any) -> bool:
+    return getattr(hook, _OBSERVES, False) or getattr(hook, _REGISTERED, False)
 
 
 def _is_harmless(hook: Any, *, has_interventions: bool) -> bool:

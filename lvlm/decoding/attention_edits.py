@@ -33,9 +33,10 @@ if TYPE_CHECKING:
 
 Editor = Callable[[AttentionRows], AttentionRows | None]
 """Function of attention that returns changed attention, or None to change nothing."""
-Queries = Literal["last", "after image", "all"]
-"""Which queries are edited: ``last``, the last token of the prompt and every generated token; ``after image``, every token after
-the last image token, in rows with an image; ``all``, every token."""
+Queries = Literal["last", "last of prompt", "after image", "prompt", "all"]
+"""Which queries are edited: ``last``, the last token of the prompt and every generated token; ``last of prompt``, the former
+only; ``after image``, every token after the last image token, in rows with an image; ``prompt``, every token of the prompt;
+``all``, every token."""
 
 _IMPLEMENTATIONS = ("sdpa", "eager")
 _ACTIVE: WeakKeyDictionary[nn.Module, _Edits] = WeakKeyDictionary()
@@ -190,7 +191,7 @@ def current_layout(model: Lvlm) -> RowLayout:
 
 def usual_attention(model: Lvlm) -> str | None:
     """Return the attention implementation of the decoder that runs without edits, by transformers' name."""
-    return usual_name(next((config._attn_implementation for config in _configs(model)), None))
+    return usual_name(next((config._attn_implementation for config in attention_configs(model)), None))
 
 
 @contextmanager
@@ -262,7 +263,7 @@ class _Edits:
         """Let the decoder call this object while the context is open."""
         from transformers import AttentionInterface, AttentionMaskInterface
 
-        configs = _configs(self.model)
+        configs = attention_configs(self.model)
         before = [config._attn_implementation for config in configs]
         # Bound methods have no attributes that transformers may set; plain functions do.
         AttentionInterface.register(self.name, lambda *args, **kwargs: self.attend(*args, **kwargs))
@@ -300,13 +301,12 @@ class _Edits:
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the outputs of a layer's heads, ``[rows, queries, heads, width]``, and their weights if they are computed."""
-        usual = _function(module, self.usual)
         number = self._numbers.get(module)
         edits = [e for e in self.edits if number is not None and (e.layers is None or number in e.layers)]
         selections = [self._select(edit, query.shape[2], key.shape[2], len(query)) for edit in edits]
         first = min((s.first for s in selections), default=query.shape[2])
         if number is None or first == query.shape[2]:
-            return usual(module, query, key, value, attention_mask, **options)
+            return attention_function(module, self.usual)(module, query, key, value, attention_mask, **options)
         scores = attention_scores(module, query, key, attention_mask, first, options)
         layout = self._columns_of(key.shape[2])
         rows = AttentionRows(number, scores, value, layout, selections[0].mask[:, first:], options.get("s_aux"))
@@ -322,7 +322,7 @@ class _Edits:
         if any(s.every for s in changed):
             weights = rows.weights.to(query.dtype) if self.usual == "eager" else None
             return rows.outputs.transpose(1, 2).to(query.dtype), weights
-        out, weights = usual(module, query, key, value, attention_mask, **options)
+        out, weights = attention_function(module, self.usual)(module, query, key, value, attention_mask, **options)
         if not changed:
             return out, weights
         mask = torch.stack([s.mask[:, first:] for s in changed]).any(0)[:, :, None, None]
@@ -369,8 +369,13 @@ class _Edits:
 
 def _selection(edit: _Edit, layout: RowLayout, queries: int) -> _Selection:
     keys = layout.valid.shape[1]
+    columns = torch.arange(keys, device=layout.valid.device)
     if edit.queries == "last":
-        mask = layout.valid & (torch.arange(keys, device=layout.valid.device) >= layout.prompt - 1)
+        mask = layout.valid & (columns >= layout.prompt - 1)
+    elif edit.queries == "last of prompt":
+        mask = layout.valid & (columns == layout.prompt - 1)
+    elif edit.queries == "prompt":
+        mask = layout.valid & (columns < layout.prompt)
     elif edit.queries == "after image":
         mask = layout.after_image & layout.image.any(1, keepdim=True)
     else:
@@ -379,8 +384,8 @@ def _selection(edit: _Edit, layout: RowLayout, queries: int) -> _Selection:
         numbers = torch.tensor(sorted(edit.branches), device=layout.branch.device)
         mask = mask & torch.isin(layout.branch, numbers)[:, None]
     mask = mask[:, keys - queries :]
-    columns = mask.any(0).nonzero().flatten()
-    return _Selection(mask, int(columns[0]) if len(columns) else queries, bool(mask.all()))
+    edited = mask.any(0).nonzero().flatten()
+    return _Selection(mask, int(edited[0]) if len(edited) else queries, bool(mask.all()))
 
 
 class _LayoutOutside:
@@ -447,14 +452,14 @@ class _LayoutOutside:
         return RowLayout(torch.zeros(len(ids), dtype=torch.long, device=ids.device), image, valid, prompt)
 
 
-def _configs(model: Lvlm) -> list[Any]:
+def attention_configs(model: Lvlm) -> list[Any]:
     """Return the configurations that name the decoder's attention function, and those that its masks are made for."""
     modules = [*attention_modules(model), decoder_of(model)]
     configs = [m.config for m in modules if hasattr(getattr(m, "config", None), "_attn_implementation")]
     return list({id(c): c for c in configs}.values())
 
 
-def _function(module: nn.Module, name: str) -> Callable[..., Any]:
+def attention_function(module: nn.Module, name: str) -> Callable[..., Any]:
     """Return the function that an attention module calls for an implementation."""
     names = _globals(module)
     return names["ALL_ATTENTION_FUNCTIONS"].get_interface(name, names.get("eager_attention_forward"))

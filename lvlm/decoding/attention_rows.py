@@ -51,14 +51,19 @@ class AttentionRows:
     new_weights: Tensor | None = None
     new_outputs: Tensor | None = None
 
-    @property
+    @cached_property
     def image(self) -> Tensor:
         """Which keys are image tokens that a query attends to, bool ``[rows, 1, queries, keys]``."""
         return self.keys(self.layout.image)
 
     def keys(self, columns: Tensor) -> Tensor:
         """Return which keys are in `columns`, bool ``[rows, keys]``, and attended to, bool ``[rows, 1, queries, keys]``."""
-        return columns[:, None, None] & (self.scores > -math.inf).any(1, keepdim=True)
+        return columns[:, None, None] & self._attended
+
+    @cached_property
+    def _attended(self) -> Tensor:
+        """Keys that some head of a query attends to, bool ``[rows, 1, queries, keys]``."""
+        return self.scores.amax(1, keepdim=True) > -math.inf
 
     @cached_property
     def weights(self) -> Tensor:
@@ -75,8 +80,7 @@ class AttentionRows:
         """Outputs of the heads, before the output projection, ``[rows, heads, queries, width]``."""
         if self.new_outputs is not None:
             return self.new_outputs
-        grouped = self.weights.unflatten(1, (self.values.shape[1], -1))
-        return torch.einsum("bgrqk,bgkd->bgrqd", grouped, self.values.to(self.weights.dtype)).flatten(1, 2)
+        return _by_key_head(self.weights, self.values.to(self.weights.dtype))
 
     def with_scores(self, scores: Tensor) -> AttentionRows:
         """Return a copy with other scores; weights and outputs follow from them, and excluded keys stay excluded."""
@@ -129,14 +133,15 @@ def attention_scores(
         Further arguments of the attention function: ``scaling``, ``softcap``, ``is_causal``, ``position_bias``.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
-    grouped = query[:, :, first:].to(dtype).unflatten(1, (key.shape[1], -1))
-    scores = torch.einsum("bgrqd,bgkd->bgrqk", grouped, key.to(dtype)).flatten(1, 2)
     scaling = options.get("scaling")
+    scores = _by_key_head(query[:, :, first:].to(dtype), key.to(dtype).transpose(2, 3))
     scores = scores * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if (cap := options.get("softcap")) is not None:
         scores = cap * torch.tanh(scores / cap)
     if (bias := options.get("position_bias")) is not None:
         scores = scores + bias[:, :, first:, : key.shape[2]]
+    if mask is None and first == query.shape[2] - 1:
+        return scores  # the last query attends to all keys
     if mask is None:
         causal = options.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
@@ -150,6 +155,14 @@ def attention_scores(
         return scores.masked_fill(~part, -math.inf)
     # transformers excludes keys by the smallest number of the dtype.
     return (scores + part).masked_fill(part <= torch.finfo(part.dtype).min / 2, -math.inf)
+
+
+def _by_key_head(x: Tensor, y: Tensor) -> Tensor:
+    """Multiply ``[rows, heads, n, m]`` by ``[rows, key heads, m, k]``, whose consecutive heads share a key head."""
+    rows, heads, n, m = x.shape
+    if heads == y.shape[1]:
+        return x @ y
+    return (x.reshape(rows, y.shape[1], -1, m) @ y).view(rows, heads, n, y.shape[-1])
 
 
 def _future(queries: int, keys: int, first: int, device: torch.device) -> Tensor:

@@ -21,10 +21,11 @@ from groundscope.core.errors import DataError
 from lvlm.access.decoder_module import decoder_of
 from lvlm.access.reused_vision_run import reuse_vision_runs
 from lvlm.access.shared_vision_run import share_vision_runs
-from lvlm.active_interventions import mark_observer
+from lvlm.active_interventions import mark_observer, without_marked_hooks
 from lvlm.decoding.attention_edits import without_attention_edits
 from lvlm.decoding.cache import merge_caches, new_cache
 from lvlm.decoding.cache_check import check_prompts
+from lvlm.decoding.joined_prefill import Part, joinable, joined_prefill, joins_prefills
 from lvlm.decoding.row_layout import RowLayout, stack_layouts
 from lvlm.decoding.rule import AnswerRule, Branch, Prompts, Step
 from lvlm.encoding.continued_inputs import append_tokens
@@ -208,14 +209,21 @@ class DecodingRun:
     def start(self) -> Tensor:
         """Run the prompts and the branches; return the combined logits of the first token, ``[B, V]``."""
         with reuse_vision_runs(self.model):
-            logits = self._by_row([(group.rows, self._prefill(0, group)) for _, group in self.groups])
+            early = self._early_branches()
+            joined = self._prefill_joined(early)
+            logits = joined.pop(0, None)
+            if logits is None:
+                logits = self._by_row([(group.rows, self._prefill(0, group)) for _, group in self.groups])
             self._check(logits)
             first = self._first_step(logits)
-            self.branches = tuple(self.rule.branches(first))
+            self.branches = early or tuple(self.rule.branches(first))
             branch_logits = []
             for number, branch in enumerate(self.branches, 1):
-                with branch.context():
-                    parts = [(group.rows, self._prefill(number, group)) for group in branch.prompts]
+                if number in joined:
+                    parts = [(branch.prompts[0].rows, joined[number])]
+                else:
+                    with branch.context():
+                        parts = [(group.rows, self._prefill(number, group)) for group in branch.prompts]
                 self.groups += [(number, group) for group in branch.prompts]
                 branch_logits.append(self._by_row(parts))
         self._prompts = list(self.groups)
@@ -227,6 +235,27 @@ class DecodingRun:
     def _first_step(self, logits: Tensor) -> Step:
         image = {name: tuple(rows) for name, rows in self.image_activations.items()}
         return Step(0, logits, activations=dict(self.activations), image_activations=image)
+
+    def _early_branches(self) -> tuple[Branch, ...]:
+        """Return the branches, if they are known before the prompts run and some may run with them."""
+        rule = self.rule
+        if not rule.independent or rule.sites or rule.image_sites or not joins_prefills(self.model):
+            return ()
+        return tuple(rule.branches(Step(0, torch.empty(self.size, 0, device=self.model.device))))
+
+    def _prefill_joined(self, branches: Sequence[Branch]) -> dict[int, Tensor]:
+        """Run the prompts and the first branches of text in one forward pass; return their logits by number of the branch."""
+        count = next((i for i, b in enumerate(branches) if not joinable(self.model, self.groups, b)), len(branches))
+        if not count:
+            return {}
+        groups = [self.groups[0][1], *(branch.prompts[0] for branch in branches[:count])]
+        parts = [Part(group, _layout(self.model, group, number)) for number, group in enumerate(groups)]
+        prefills = joined_prefill(self.model, parts, keeps_cache=self.merges)
+        if self.merges:
+            self._caches = [prefill.cache for prefill in prefills]
+            self._layouts = [part.layout for part in parts]
+            self._positions = [_next_positions([], self.size, p.length, p.logits.device) for p in prefills]
+        return {number: prefill.logits for number, prefill in enumerate(prefills)}
 
     def _prefill(self, branch: int, prompts: Prompts) -> Tensor:
         """Run prompts of equal shape; return the logits at their last token, ``[rows, V]``."""
@@ -483,7 +512,7 @@ def merges_caches(model: Lvlm) -> bool:
 
 @torch.no_grad()
 def _measure_merging(model: Lvlm) -> bool:
-    with model.with_row_layout(None), without_attention_edits(model):
+    with model.with_row_layout(None), without_attention_edits(model), without_marked_hooks(model.hf):
         prompts = check_prompts(model)
         count = sum(len(group.rows) for group in prompts)
         try:

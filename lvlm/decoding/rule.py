@@ -100,6 +100,8 @@ class AnswerRule:
     """Sites of the decoder that `Step.activations` contains."""
     image_sites: Sequence[Site] = ()
     """Sites of the decoder that `Step.image_activations` contains."""
+    independent: bool = False
+    """Whether `branches` does not read its argument; then branches of text may run in the forward pass of the prompts."""
 
     def branches(self, first: Step) -> Sequence[Branch]:
         """Return the branches; called once, after the prefill of the prompts, whose step is `first`."""

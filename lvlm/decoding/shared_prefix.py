@@ -11,7 +11,8 @@ from torch import Tensor
 
 from groundscope.core.errors import DataError
 from lvlm.access.decoder_module import decoder_of
-from lvlm.active_interventions import mark_observer
+from lvlm.active_interventions import mark_observer, without_marked_hooks
+from lvlm.decoding.attention_edits import without_attention_edits
 from lvlm.decoding.cache import new_cache
 from lvlm.decoding.cache_check import check_prompts
 from lvlm.decoding.loop import PADDING, merges_caches, rounding_of
@@ -70,7 +71,7 @@ def _measure(model: Lvlm) -> bool:
     length = _common_length(model, prompts)
     if not length:
         return False
-    with model.with_row_layout(None):
+    with model.with_row_layout(None), without_attention_edits(model), without_marked_hooks(model.hf):
         try:
             shared = _shared(model, prompts, length)
         except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError):

@@ -75,6 +75,8 @@ class BranchDecoder(RuleDecoder):
 class BranchRule(AnswerRule):
     """The rule of a method for one batch of answers."""
 
+    independent = True
+
     def __init__(self, method: BranchMethod, model: Lvlm, batch: Batch) -> None:
         self.method, self.model, self.batch = method, model, batch
         self.state = method._start(model, batch)

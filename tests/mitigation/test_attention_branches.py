@@ -13,20 +13,21 @@ from torch import Tensor
 
 from groundscope.core.errors import ConfigError, ModelError
 from lvlm import Lvlm
-from lvlm.decoding.loop import generate
 from mitigation.training_free.method import TrainingFree
 from mitigation.training_free.methods.avisc import AvisC, outlying
 from mitigation.training_free.methods.damro import DAMRO
 from mitigation.training_free.methods.only import ONLY, mixed_logits
 from mitigation.training_free.methods.sid import SID, lowest
 from tests.toys.attention_oracle import Call, by_hand, plain
-from tests.toys.decoding_oracle import double_model
+from tests.toys.decoding_oracle import naive_steps
+from tests.toys.exact_decoding import assert_exact, difference
 from tests.toys.examples import example
 from tests.toys.families import model
-from tests.toys.method_oracle import STEPS, Run, assert_decodes, inputs_of
+from tests.toys.hidden_state_oracle import appended
 from tests.toys.random_models import hooks_of
 
 FAMILIES = ("llava", "qwen2_5_vl", "mistral3")
+STEPS = 3
 
 
 def contrasted(alpha: float, beta: float) -> Callable[[int, Any], Tensor]:
@@ -41,13 +42,25 @@ def contrasted(alpha: float, beta: float) -> Callable[[int, Any], Tensor]:
 def assert_rule(
     family: str,
     method: TrainingFree,
-    branch: Callable[[Lvlm, dict[str, Tensor]], Run],
+    branch: Callable[[Lvlm, dict[str, Tensor]], Any],
     combine: Callable[[int, Any], Tensor],
+    weight: float,
 ) -> None:
-    def runs(lvlm: Lvlm, inputs: dict[str, Tensor]) -> list[Run]:
-        return [(inputs, lambda: by_hand(lvlm, plain, 0)), branch(lvlm, inputs)]
+    """`branch` returns the inputs of the branch, and a function that opens its changes of the model."""
 
-    assert_decodes(family, method, runs, combine, atol=3e-5)
+    def write(lvlm: Lvlm, _question: Any, inputs: dict[str, Tensor]) -> tuple[list[int], list[Tensor]]:
+        other, context = branch(lvlm, inputs)
+        contexts = [lambda: by_hand(lvlm, plain, 0), context]
+        tokens, expected = naive_steps(lvlm, [inputs, other], combine, STEPS, contexts)
+        assert difference(expected[0], main_of(lvlm, inputs)) > 1e-3
+        return tokens, expected
+
+    assert_exact(family, method, write, STEPS, weight=weight)
+
+
+def main_of(lvlm: Lvlm, inputs: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return lvlm.hf(**inputs, use_cache=False).logits[0, -1].log_softmax(-1)
 
 
 # ---- SID
@@ -75,15 +88,15 @@ def sid_by_hand(count: Callable[[int], int]) -> Callable[[Call], Tensor]:
     return rule
 
 
-@pytest.mark.parametrize("variant", ["paper", "release"])
+@pytest.mark.parametrize(("variant", "beta"), [("paper", 0.1), ("paper", 0), ("release", 0)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_sid_is_the_written_rule(family: str, variant: Any) -> None:
+def test_sid_is_the_written_rule(family: str, variant: Any, beta: float) -> None:
     def branch(lvlm: Lvlm, inputs: dict[str, Tensor]) -> Any:
         rule = sid_by_hand(lambda n: max(1, math.floor(200 / 576 * n + 0.5)))
         return dict(inputs), lambda: by_hand(lvlm, rule, inputs["input_ids"].shape[1])
 
-    combine = contrasted(1, 0.1) if variant == "paper" else contrasted(0.5, 0)
-    assert_rule(family, SID(count=200, variant=variant), branch, combine)
+    combine = contrasted(1 if variant == "paper" else 0.5, beta)
+    assert_rule(family, SID(count=200, beta=beta, variant=variant), branch, combine, 1)
 
 
 def test_the_lowest_image_tokens_stay() -> None:
@@ -125,8 +138,9 @@ def zeroed(lvlm: Lvlm, positions: list[int]) -> Iterator[None]:
         handle.remove()
 
 
+@pytest.mark.parametrize("beta", [0.1, 0])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_avisc_is_the_written_rule(family: str) -> None:
+def test_avisc_is_the_written_rule(family: str, beta: float) -> None:
     def branch(lvlm: Lvlm, inputs: dict[str, Tensor]) -> Any:
         weights: dict[int, Tensor] = {}
 
@@ -141,7 +155,7 @@ def test_avisc_is_the_written_rule(family: str) -> None:
         assert 0 < len(stays) < int(image.sum())
         return dict(inputs), lambda: zeroed(lvlm, [j for j in image.nonzero().flatten().tolist() if j not in stays])
 
-    assert_rule(family, AvisC(2.5), branch, contrasted(2.5, 0.1))
+    assert_rule(family, AvisC(2.5, beta), branch, contrasted(2.5, beta), 2.5)
 
 
 def test_outlying_tokens_of_hand_made_attention() -> None:
@@ -195,7 +209,7 @@ def test_damro_is_the_written_rule(variant: Any) -> None:
         return {**inputs, "input_ids": tokens, "attention_mask": torch.ones_like(tokens)}, selected
 
     combine = contrasted(2, 0.1) if variant == "paper" else contrasted(2, 0)
-    assert_rule("llava", DAMRO(count=300, variant=variant), branch, combine)
+    assert_rule("llava", DAMRO(count=300, variant=variant), branch, combine, 2)
 
 
 @pytest.mark.parametrize(
@@ -266,28 +280,20 @@ def only_by_hand(lvlm: Lvlm, inputs: dict[str, Tensor], threshold: float, beta: 
     return mixed.masked_fill(main.softmax(-1) < beta * main.softmax(-1).max(), -math.inf)
 
 
-@pytest.mark.parametrize("threshold", [0.2, 2])
+@pytest.mark.parametrize(("threshold", "beta"), [(0.2, 0.1), (2, 0.1), (0.2, 0)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_only_is_the_written_rule(family: str, threshold: float) -> None:
-    lvlm = double_model(family)
-    batch = next(lvlm.batches([example(0), example(1)], 2))
-    scores: list[Tensor] = []
-    with ONLY(threshold=threshold).applied(lvlm):
-        rule: Any = lvlm.decoder.start(lvlm, batch)  # type: ignore[union-attr]
-        original = rule.combine
-        rule.combine = lambda step: (scores.append(original(step)), scores[-1])[1]
-        answers = generate(lvlm, batch, rule, STEPS, ends=False)
-    for row, inputs in enumerate(inputs_of(batch)):
-        for ours, token in zip(scores, answers[row], strict=True):
-            written = only_by_hand(lvlm, inputs, threshold, 0.1)
-            assert torch.equal(ours[row].isinf(), written.isinf())
-            torch.testing.assert_close(ours[row].log_softmax(-1), written.log_softmax(-1), atol=3e-5, rtol=0)
-            assert int(written.argmax()) == token
-            inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([[token]])], 1)
-            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-            if "mm_token_type_ids" in inputs:
-                types = inputs["mm_token_type_ids"]
-                inputs["mm_token_type_ids"] = torch.cat([types, torch.zeros_like(types[:, :1])], 1)
+def test_only_is_the_written_rule(family: str, threshold: float, beta: float) -> None:
+    def write(lvlm: Lvlm, _question: Any, inputs: dict[str, Tensor]) -> tuple[list[int], list[Tensor]]:
+        tokens: list[int] = []
+        scores: list[Tensor] = []
+        for _ in range(STEPS):
+            scores.append(only_by_hand(lvlm, inputs, threshold, beta))
+            tokens.append(int(scores[-1].argmax()))
+            inputs = appended(inputs, tokens[-1])
+        return tokens, scores
+
+    # Heads of layer 0 are those of the prompts' rows, which decode without branches, so nothing is padded.
+    assert_exact(family, ONLY(threshold=threshold, beta=beta), write, STEPS, forms=("cached", "whole"), weight=3)
 
 
 def test_only_adds_where_distributions_are_close() -> None:

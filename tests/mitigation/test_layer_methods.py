@@ -12,49 +12,32 @@ from torch import Tensor
 
 import groundscope as gs
 from groundscope.core.errors import ConfigError, ModelError
+from lvlm import Lvlm
 from lvlm.decoding.beam import Beams, beam_search
-from lvlm.decoding.decoder import AnswerRule, Step
-from lvlm.decoding.loop import DecodingRun, generate, prompts_of
+from lvlm.decoding.loop import DecodingRun, prompts_of
 from mitigation.training_free.lens import jensen_shannon, reverse_jensen_shannon
 from mitigation.training_free.methods.deco import DeCo, corrected, truncated
 from mitigation.training_free.methods.dola import DoLa, bucket_layers, layer_contrast, penalized
 from mitigation.training_free.methods.revisit import ReVisiT, with_image_token
 from tests.toys.answers import assert_equal_answers
 from tests.toys.decoding_oracle import double_model
+from tests.toys.exact_decoding import EXACT, assert_exact, decoded, difference
 from tests.toys.examples import example
 from tests.toys.families import model
+from tests.toys.float64 import float64_inside
 from tests.toys.hidden_state_oracle import Pass, naive_answer, norm_and_head
 
 FAMILIES = ("llava", "qwen2_5_vl", "gemma3")
 STEPS = 4
 
 
-class Recorded:
-    """A rule whose scores at each step are stored."""
-
-    def __init__(self, rule: AnswerRule) -> None:
-        self.rule, self.scores = rule, []
-        self.sites, self.image_sites, self.branches = rule.sites, rule.image_sites, rule.branches
-
-    def combine(self, step: Step) -> Tensor:
-        self.scores.append(self.rule.combine(step))
-        return self.scores[-1]
-
-
 def assert_equal_to_oracle(family: str, method: Any, rule: Any) -> None:
-    """Decode two prompts in one batch with caches, and each alone with whole forwards under the written rule."""
-    lvlm = double_model(family)
-    batch = next(lvlm.batches([example(0), example(1)], 2))
-    with method.applied(lvlm):
-        assert lvlm.decoder is not None
-        ours = Recorded(lvlm.decoder.start(lvlm, batch))  # type: ignore[attr-defined]
-        answers = generate(lvlm, batch, ours, STEPS, ends=False)  # type: ignore[arg-type]
-    for row, encoding in enumerate(batch.encodings):
-        tokens, scores = naive_answer(lvlm, encoding.inputs, lambda step, p: rule(lvlm, step, p), STEPS)
-        assert answers[row] == tokens
-        for got, expected in zip(ours.scores, scores, strict=True):
-            assert torch.equal(torch.isinf(got[row]), torch.isinf(expected))
-            torch.testing.assert_close(got[row].log_softmax(-1), expected.log_softmax(-1), atol=1e-5, rtol=0)
+    """Decode two prompts in one batch, and each alone with whole forwards under the written rule."""
+
+    def write(lvlm: Lvlm, _question: Any, inputs: Any) -> tuple[list[int], list[Tensor]]:
+        return naive_answer(lvlm, inputs, lambda step, p: rule(lvlm, step, p), STEPS)
+
+    assert_exact(family, method, write, STEPS)
 
 
 def lens_of(lvlm: Any, p: Pass, number: int, *, norm: bool = True, row: int = -1) -> Tensor:
@@ -133,6 +116,7 @@ def test_dola_is_the_written_rule_for_each_answer(family: str, bucket: Any) -> N
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@float64_inside()
 def test_dola_of_the_release_is_the_written_rule_for_one_answer(family: str) -> None:
     lvlm = double_model(family)
     batch = next(lvlm.batches([example(1)], 1))
@@ -154,13 +138,12 @@ def test_dola_of_the_release_is_the_written_rule_for_one_answer(family: str) -> 
             scores[token] = scores[token] * 1.2 if scores[token] < 0 else scores[token] / 1.2
         return scores
 
-    with DoLa(layers=(0, 1, 2), variant="release").applied(lvlm):
-        ours = Recorded(lvlm.decoder.start(lvlm, batch))  # type: ignore[union-attr]
-        answers = generate(lvlm, batch, ours, STEPS, ends=False)  # type: ignore[arg-type]
+    method = DoLa(layers=(0, 1, 2), variant="release")
     tokens, scores = naive_answer(lvlm, batch.encodings[0].inputs, rule, STEPS)
-    assert answers == [tokens]
-    for got, expected in zip(ours.scores, scores, strict=True):
-        torch.testing.assert_close(got[0].log_softmax(-1), expected.log_softmax(-1), atol=1e-5, rtol=0)
+    for form in ("cached", "padded", "whole"):
+        answers, ours = decoded(lvlm, batch, method, STEPS, form)
+        assert answers == [tokens]
+        assert all(difference(got[0], expected) < EXACT for got, expected in zip(ours, scores, strict=True))
 
 
 def test_the_release_of_dola_takes_one_layer_for_the_batch() -> None:

@@ -14,13 +14,16 @@ from torch.nn.functional import cosine_similarity, normalize, silu
 
 import groundscope as gs
 from groundscope.core.errors import ConfigError, ModelError
-from lvlm.decoding.loop import first_logits, generate
+from lvlm import wrap_lvlm
+from lvlm.decoding.loop import generate, merges_caches
 from mitigation.training_free.methods.memvr import MemVR, scaled_addition, uncertainty
 from mitigation.training_free.methods.vista import VISTA, away_from_blindness, steered, with_equal_length
 from tests.toys.answers import assert_equal_answers
 from tests.toys.decoding_oracle import double_model, text_only
+from tests.toys.exact_decoding import EXACT, assert_exact
 from tests.toys.examples import example
-from tests.toys.families import L, at, model
+from tests.toys.families import L, at, build_new, model
+from tests.toys.float64 import float64_inside
 from tests.toys.hidden_state_oracle import doubled, naive_answer, norm_and_head, whole_pass
 from tests.toys.random_models import hooks_of
 
@@ -61,22 +64,16 @@ def vectors_of(lvlm: Any, inputs: Any) -> list[Tensor]:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("variant", ["paper", "release"])
 def test_vista_is_the_written_rule(family: str, variant: Any) -> None:
-    lvlm = double_model(family)
-    batch = next(lvlm.batches([example(0), example(1)], 2))
     strength, gamma = 0.7, 0.4
     method = VISTA(strength=strength, gamma=gamma, layers=(1, 2), variant=variant)
-    with method.applied(lvlm):
-        decoder = lvlm.decoder
-        assert decoder is not None
-        answers = decoder.generate(lvlm, batch, STEPS)
-        first = decoder.first_logits(lvlm, batch)
-    layers, (_, head) = at(lvlm.hf, L), norm_and_head(lvlm)
-    for row, encoding in enumerate(batch.encodings):
-        vectors, length = vectors_of(lvlm, encoding.inputs), encoding.tokens.length
+
+    def write(lvlm: Any, _question: Any, inputs: Any) -> tuple[list[int], list[Tensor]]:
+        layers, (_, head) = at(lvlm.hf, L), norm_and_head(lvlm)
+        vectors, length = vectors_of(lvlm, inputs), inputs["input_ids"].shape[1]
         if variant == "release":
             vectors[0] = vectors[0] + torch.eye(len(vectors[0]), dtype=torch.float64)[0]
 
-        def at_block(v: Tensor, length: int = length) -> Any:
+        def at_block(v: Tensor) -> Any:
             def change(_x: Tensor, h: Tensor) -> Tensor:
                 h = h.clone()
                 live = h[:, length - 1 :]
@@ -103,16 +100,14 @@ def test_vista_is_the_written_rule(family: str, variant: Any) -> None:
         def rule(_step: int, p: Any) -> Tensor:
             return (1 - gamma) * p.logits + gamma * (head(p.streams[2][-1]) + head(p.streams[3][-1])) / 2
 
-        tokens, scores = naive_answer(lvlm, encoding.inputs, rule, STEPS, lambda changes=changes: hooked(changes))
-        from lvlm.generation import end_tokens
+        return naive_answer(lvlm, inputs, rule, STEPS, lambda: hooked(changes))
 
-        ends = end_tokens(lvlm) | {lvlm.content_id}
-        stop = next((i for i, token in enumerate(tokens) if token in ends), STEPS)
-        assert answers[row] == tokens[:stop]
-        torch.testing.assert_close(first[row].log_softmax(-1), scores[0].log_softmax(-1), atol=1e-5, rtol=0)
+    # The vectors are those of the prompts' rows, which decode without branches, so nothing is padded.
+    assert_exact(family, method, write, STEPS, forms=("cached", "whole"))
 
 
 @pytest.mark.parametrize("variant", ["paper", "release"])
+@float64_inside()
 def test_cached_steps_of_vista_have_the_logits_of_whole_passes(variant: Any) -> None:
     from lvlm.decoding.decoder import AnswerRule, Step
 
@@ -135,7 +130,18 @@ def test_cached_steps_of_vista_have_the_logits_of_whole_passes(variant: Any) -> 
             inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(written)], 1)
             with lvlm.reading_answers(batch.inputs["input_ids"].shape[1]):
                 whole = lvlm.logits(inputs)
-            torch.testing.assert_close(merged[number].log_softmax(-1), whole.log_softmax(-1), atol=1e-5, rtol=0)
+            torch.testing.assert_close(merged[number].log_softmax(-1), whole.log_softmax(-1), atol=EXACT, rtol=0)
+
+
+@pytest.mark.parametrize("method", [VISTA(), MemVR(threshold=0)], ids=lambda m: m.label)
+def test_the_check_of_a_cache_does_not_depend_on_the_method_under_which_it_is_measured(method: Any) -> None:
+    """The hooks of both belong to the rows of one batch, and the check has rows of its own."""
+    lvlm = wrap_lvlm(*build_new("llava"), name="new", validate=False)
+    batch = next(lvlm.batches([example(0), example(1)], 2))
+    with method.applied(lvlm):
+        answers = lvlm.decoder.generate(lvlm, batch, STEPS)  # type: ignore[union-attr]
+        assert merges_caches(lvlm)
+        assert lvlm.decoder.generate(lvlm, batch, STEPS) == answers  # type: ignore[union-attr]
 
 
 def test_steering_rules_on_numbers_by_hand() -> None:
@@ -173,24 +179,18 @@ def test_vista_refuses_families_that_do_not_run_without_an_image() -> None:
 @pytest.mark.parametrize("variant", ["paper", "release"])
 @pytest.mark.parametrize("threshold", [0.0, 0.93])
 def test_memvr_is_the_written_rule(family: str, variant: Any, threshold: float) -> None:
-    lvlm = double_model(family)
-    batch = next(lvlm.batches([example(0), example(1)], 2))
     method = MemVR(ratio=0.5, threshold=threshold, layers=(0, 1), variant=variant)
-    with method.applied(lvlm):
-        assert lvlm.decoder is not None
-        rule = lvlm.decoder.start(lvlm, batch)  # type: ignore[attr-defined]
-        answers = generate(lvlm, batch, rule, STEPS, ends=False)
-        first = first_logits(lvlm, batch, rule)
-    layers, (norm, head) = at(lvlm.hf, L), norm_and_head(lvlm)
     fired: list[int] = []
-    for row, encoding in enumerate(batch.encodings):
-        length, state = encoding.tokens.length, {}
-        image = (encoding.inputs["input_ids"][0] == lvlm.content_id).nonzero().flatten()
 
-        def start(x: Tensor, state: Any = state, image: Any = image) -> None:
+    def write(lvlm: Any, _question: Any, inputs: Any) -> tuple[list[int], list[Tensor]]:
+        layers, (norm, head) = at(lvlm.hf, L), norm_and_head(lvlm)
+        length, state = inputs["input_ids"].shape[1], {}
+        image = (inputs["input_ids"][0] == lvlm.content_id).nonzero().flatten()
+
+        def start(x: Tensor) -> None:
             state.update(z=x[0, image], done=set(), now=[])
 
-        def measure(_x: Any, h: Tensor, state: Any = state, length: int = length) -> None:
+        def measure(_x: Any, h: Tensor) -> None:
             state["now"] = []
             for position in range(length - 1, h.shape[1]):
                 top = head(norm(h[0, position])).sort(descending=True).values[:10].softmax(-1)
@@ -199,7 +199,7 @@ def test_memvr_is_the_written_rule(family: str, variant: Any, threshold: float) 
                     state["now"].append(position)
                     fired.append(position)
 
-        def look(x: Tensor, out: Tensor, state: Any = state, length: int = length, family: str = family) -> Tensor:
+        def look(x: Tensor, out: Tensor) -> Tensor:
             new, z = out.clone(), state["z"]
             phi = silu if family != "gemma3" else lvlm.hf.model.language_model.layers[0].mlp.act_fn
             for position in state["now"]:
@@ -215,12 +215,13 @@ def test_memvr_is_the_written_rule(family: str, variant: Any, threshold: float) 
 
         changes = {layers[0]: measure, layers[1]: measure, layers[1].mlp: look, layers[2].mlp: look}
 
-        def context(changes: Any = changes, start: Any = start) -> Any:
+        def context() -> Any:
             return hooked(changes, before={layers[0]: start})
 
-        tokens, scores = naive_answer(lvlm, encoding.inputs, lambda _, p: p.logits, STEPS, context)
-        assert answers[row] == tokens
-        torch.testing.assert_close(first[row].log_softmax(-1), scores[0].log_softmax(-1), atol=1e-5, rtol=0)
+        return naive_answer(lvlm, inputs, lambda _, p: p.logits, STEPS, context)
+
+    # The memory is that of the prompts' rows, which decode without branches, so nothing is padded.
+    assert_exact(family, method, write, STEPS, forms=("cached", "whole"))
     assert fired
 
 

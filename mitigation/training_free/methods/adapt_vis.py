@@ -98,21 +98,16 @@ class _Decoder:
             confidence = first_logits(model, batch, AnswerRule()).softmax(-1).amax(-1)
             factors = torch.where(confidence < method.threshold, method.smooth, method.sharpen)
             edit = prompt_factors(factors)
-            layers, queries = method.edited_layers(model), method.rows
+            layers, queries = method.edited_layers(model), "last of prompt" if method.rows == "last" else "prompt"
             with edit_attention(model, edit, layers=layers, queries=queries, registered=True):
                 yield
 
 
-def prompt_factors(factors: Tensor) -> Callable[[AttentionRows], AttentionRows | None]:
-    """Return an edit that multiplies the scores of prompt tokens to image tokens by the factor of each row, ``[rows]``."""
+def prompt_factors(factors: Tensor) -> Callable[[AttentionRows], AttentionRows]:
+    """Return an edit that multiplies the scores of image tokens by the factor of each row, ``[rows]``."""
 
-    def edit(rows: AttentionRows) -> AttentionRows | None:
-        keys, queries = rows.scores.shape[-1], rows.scores.shape[-2]
-        columns = torch.arange(keys - queries, keys, device=rows.scores.device)
-        prompt = columns < rows.layout.prompt
-        if not prompt.any():
-            return None
+    def edit(rows: AttentionRows) -> AttentionRows:
         factor = factors.to(rows.scores)[:, None, None, None]
-        return rows.with_scores(torch.where(rows.image & prompt[:, None], rows.scores * factor, rows.scores))
+        return rows.with_scores(torch.where(rows.image, rows.scores * factor, rows.scores))
 
     return edit

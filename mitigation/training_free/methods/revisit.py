@@ -15,7 +15,6 @@ from mitigation.training_free.candidates import plausible
 from mitigation.training_free.lens import (
     at_least_float32,
     block_outputs,
-    jensen_shannon,
     lens,
     reverse_jensen_shannon,
 )
@@ -114,7 +113,24 @@ def with_image_token(logits: Tensor, image: Tensor, beta: float, variant: Varian
         return logits
     candidates = plausible(logits, beta)
     p = logits[candidates].log_softmax(-1)
-    by_token = image.to(p)[:, candidates.to(image.device)].log_softmax(-1)
-    distance = jensen_shannon if variant == "paper" else reverse_jensen_shannon
-    nearest = by_token[distance(p, by_token).argmin()]
+    inside = image.to(p)
+    inside = inside if bool(candidates.all()) else inside[:, candidates.to(image.device)]
+    if variant == "paper":
+        nearest = inside[divergences(p, inside).argmin()].log_softmax(-1)
+    else:
+        by_token = inside.log_softmax(-1)
+        nearest = by_token[reverse_jensen_shannon(p, by_token).argmin()]
     return torch.full_like(logits, -math.inf).masked_scatter(candidates, p + nearest)
+
+
+def divergences(log_p: Tensor, logits: Tensor) -> Tensor:
+    """Return the Jensen-Shannon divergences of p, given as log-probabilities ``[V]``, from ``softmax(logits)``, ``[n, V]``.
+
+    ``H(m) - (H(p) + H(q)) / 2`` with ``m = (p + q) / 2``: one logarithm for each number, where `jensen_shannon` has three.
+    """
+    q = logits.softmax(-1)
+    p = log_p.exp()
+    negative_entropy = torch.linalg.vecdot(q, logits) - logits.logsumexp(-1)
+    m = q.add_(p).mul_(0.5)
+    mixed = torch.linalg.vecdot(m, m.clamp_min(torch.finfo(m.dtype).tiny).log_())
+    return (negative_entropy + torch.dot(p, log_p)) / 2 - mixed

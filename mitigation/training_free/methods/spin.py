@@ -65,12 +65,13 @@ class SPIN(AttentionMethod):
     def edited(self, rows: AttentionRows) -> AttentionRows:
         """Return attention with scaled outputs of heads."""
         stays = top_heads(rows.scores, rows.image, self.keep) | ~rows.image.any(-1)
-        return rows.with_outputs(torch.where(stays[..., None], rows.outputs, rows.outputs * self.factor))
+        factors = torch.where(stays, 1.0, self.factor).to(rows.scores)
+        return rows.with_outputs(rows.outputs * factors[..., None])
 
 
 def top_heads(scores: Tensor, image: Tensor, keep: float) -> Tensor:
     """Return the heads with the highest sums of scores to image tokens, bool ``[rows, heads, queries]``."""
-    sums = scores.masked_fill(~image, 0).sum(-1)
+    sums = torch.where(image, scores, 0).sum(-1)
     top = sums.topk(kept_count(keep, sums.shape[1]), dim=1).indices
     return torch.zeros_like(sums, dtype=torch.bool).scatter(1, top, value=True)
 
