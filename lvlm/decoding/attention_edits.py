@@ -39,6 +39,8 @@ only; ``after image``, every token after the last image token, in rows with an i
 ``all``, every token."""
 
 _IMPLEMENTATIONS = ("sdpa", "eager")
+_PARTS = 4
+"""Largest number of layouts that are remembered."""
 _ACTIVE: WeakKeyDictionary[nn.Module, _Edits] = WeakKeyDictionary()
 
 
@@ -257,6 +259,7 @@ class _Edits:
         self._layout: RowLayout | None = None
         self._columns: dict[int, RowLayout] = {}
         self._selections: dict[tuple[_Edit, int, int], _Selection] = {}
+        self._known: dict[RowLayout, tuple[dict[int, RowLayout], dict[tuple[_Edit, int, int], _Selection]]] = {}
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -309,7 +312,9 @@ class _Edits:
             return attention_function(module, self.usual)(module, query, key, value, attention_mask, **options)
         scores = attention_scores(module, query, key, attention_mask, first, options)
         layout = self._columns_of(key.shape[2])
-        rows = AttentionRows(number, scores, value, layout, selections[0].mask[:, first:], options.get("s_aux"))
+        unmasked = attention_mask is None and first == query.shape[2] - 1  # the last query attends to all keys
+        queries = selections[0].mask[:, first:]
+        rows = AttentionRows(number, scores, value, layout, queries, options.get("s_aux"), unmasked)
         changed: list[_Selection] = []
         for edit, selection in zip(edits, selections, strict=True):
             if selection.first == query.shape[2]:
@@ -336,7 +341,11 @@ class _Edits:
         """Return the queries of the current forward pass that an edit acts on; computed once per pass."""
         layout = self.model.row_layout or self.outside.layout()
         if layout is not self._layout:
-            self._layout, self._columns, self._selections = layout, {}, {}
+            # The parts of a joined prefill alternate in each layer; other passes follow one another.
+            if layout not in self._known:
+                self._known = {} if len(self._known) > _PARTS else self._known
+                self._known[layout] = {}, {}
+            self._layout, (self._columns, self._selections) = layout, self._known[layout]
         if len(layout.branch) != rows:
             msg = f"a forward pass of {rows} rows has a layout of {len(layout.branch)}; attention cannot be edited"
             raise ModelError(msg)

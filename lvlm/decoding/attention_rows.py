@@ -48,6 +48,8 @@ class AttentionRows:
     last token of the forward pass."""
     sinks: Tensor | None = None
     """Score of the learned attention sink of each head, ``[heads]``, in families that have one; it has a weight and no value."""
+    unmasked: bool = False
+    """Whether every query attends to every key, so that no score is minus infinity."""
     new_weights: Tensor | None = None
     new_outputs: Tensor | None = None
 
@@ -58,7 +60,7 @@ class AttentionRows:
 
     def keys(self, columns: Tensor) -> Tensor:
         """Return which keys are in `columns`, bool ``[rows, keys]``, and attended to, bool ``[rows, 1, queries, keys]``."""
-        return columns[:, None, None] & self._attended
+        return columns[:, None, None] if self.unmasked else columns[:, None, None] & self._attended
 
     @cached_property
     def _attended(self) -> Tensor:
@@ -84,8 +86,8 @@ class AttentionRows:
 
     def with_scores(self, scores: Tensor) -> AttentionRows:
         """Return a copy with other scores; weights and outputs follow from them, and excluded keys stay excluded."""
-        scores = torch.where(self.scores > -math.inf, scores, self.scores)
-        return replace(self, scores=scores, new_weights=None, new_outputs=None)
+        scores = scores if self.unmasked else torch.where(self.scores > -math.inf, scores, self.scores)
+        return replace(self, scores=scores, unmasked=False, new_weights=None, new_outputs=None)
 
     def with_weights(self, weights: Tensor) -> AttentionRows:
         """Return a copy with other weights, which need not add to 1; outputs follow from them."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lvlm.access.replaced_attention import add_replacement, remove_replacement
+from lvlm.access.replaced_attention import add_replacement, remove_replacement, usual_name
 from lvlm.access.shared_vision_run import share_vision_runs
 from lvlm.active_interventions import without_marked_hooks
 from lvlm.decoding.attention_edits import (
@@ -74,9 +74,7 @@ def joins_prefills(model: Lvlm) -> bool:
     False for attention other than ``sdpa``, for windows, for positions of several axes, and for models that read a prompt in both
     directions.
     """
-    if model.encoder_decoder or usual_attention(model) != "sdpa" or not image_in_sequence(model):
-        return False
-    if not {"position_ids", "logits_to_keep"} <= model.accepts:
+    if model.encoder_decoder or not {"position_ids", "logits_to_keep"} <= model.accepts:
         return False
     return bool(model.remember(("joined prefills", model.attention, str(model.dtype)), lambda: _measure(model)))
 
@@ -140,7 +138,7 @@ def _by_part(model: Lvlm, layouts: Sequence[RowLayout]) -> Iterator[None]:
 
     AttentionInterface.register(name, attend)
     AttentionMaskInterface.register(name, lambda *_args, **_options: None)
-    add_replacement(name, _Usual(usual_attention(model) or ""))
+    add_replacement(name, _Usual(usual_name(before[0]) or ""))
     try:
         for config in configs:
             config._attn_implementation_internal = name
@@ -171,6 +169,8 @@ def _measure(model: Lvlm) -> bool:
     from lvlm.decoding.loop import rounding_of
 
     text = text_config(model.hf.config)
+    if usual_attention(model) != "sdpa" or not image_in_sequence(model):
+        return False
     windows = any(getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size"))
     if windows and getattr(text, "use_sliding_window", True):
         return False

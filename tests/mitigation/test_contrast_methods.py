@@ -28,6 +28,10 @@ from tests.toys.random_models import hooks_of
 from tests.toys.rule_oracle import compare, doubled, masked
 
 FAMILIES = ("llava", "qwen2_5_vl", "gemma3")
+CASES = pytest.mark.parametrize(
+    ("family", "beta"), [*((family, 0.1) for family in FAMILIES), ("llava", 0), ("qwen2_5_vl", 0)]
+)
+"""Families, with and without the restriction to plausible tokens."""
 
 
 def blind(lvlm: Lvlm, _question: Any, plain: dict[str, Tensor]) -> list[dict[str, Any]]:
@@ -37,16 +41,16 @@ def blind(lvlm: Lvlm, _question: Any, plain: dict[str, Tensor]) -> list[dict[str
 # ---- rules
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_icd_after_the_image_is_the_written_rule(family: str) -> None:
+@CASES
+def test_icd_after_the_image_is_the_written_rule(family: str, beta: float) -> None:
     sentence = "You see nothing."
 
     def disturbed(lvlm: Lvlm, question: Any, _plain: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         text = lvlm.prompt(f"{sentence} {question.question}")
         return [doubled(lvlm.encode_prompt(text, [question.image.load()])[0])]
 
-    method = ICD(place="after image", instruction=sentence, alpha=0.7, beta=0.05)
-    compare(method, family, disturbed, lambda _, x: masked(1.7 * x[0] - 0.7 * x[1], x[0], 0.05))
+    method = ICD(place="after image", instruction=sentence, alpha=0.7, beta=beta)
+    compare(method, family, disturbed, lambda _, x: masked(1.7 * x[0] - 0.7 * x[1], x[0], beta))
 
 
 SYSTEM_TEMPLATE = (
@@ -106,14 +110,14 @@ def test_vdd_is_the_written_rule_for_each_blind_form(family: str, form: Any) -> 
     compare(VDD(blind=form), family, branches, rule)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_lcd_is_the_written_rule(family: str) -> None:
+@CASES
+def test_lcd_is_the_written_rule(family: str, beta: float) -> None:
     def rule(_: int, x: Sequence[Tensor]) -> Tensor:
         p, q = x[0].softmax(-1), x[1].softmax(-1)
         w = 2 / -(q * q.log()).sum()
-        return masked((1 + w) * p.log() - w * q.log(), x[0], 0.1)
+        return masked((1 + w) * p.log() - w * q.log(), x[0], beta)
 
-    compare(LCD(), family, blind, rule)
+    compare(LCD(beta=beta), family, blind, rule)
 
 
 def test_lcd_of_a_certain_blind_answer_is_finite_or_excluded() -> None:
@@ -154,16 +158,16 @@ def test_m3id_of_ritual_leaves_the_first_token_to_the_model() -> None:
     torch.testing.assert_close(logits[finite], main.log_softmax(-1)[finite])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_ritual_is_the_written_rule(family: str) -> None:
+@CASES
+def test_ritual_is_the_written_rule(family: str, beta: float) -> None:
     def flipped(lvlm: Lvlm, question: Any, _plain: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         from PIL import ImageOps
 
         text = lvlm.prompt(question.question)
         return [doubled(lvlm.encode_prompt(text, [ImageOps.mirror(question.image.load())])[0])]
 
-    method = RITUAL(transform="horizontal flip", kappa=3)
-    compare(method, family, flipped, lambda _, x: masked(x[0] + 3 * x[1], x[0], 0.1))
+    method = RITUAL(transform="horizontal flip", kappa=3, beta=beta)
+    compare(method, family, flipped, lambda _, x: masked(x[0] + 3 * x[1], x[0], beta), weight=3)
 
 
 def test_the_transform_of_ritual_depends_on_seed_and_question_only() -> None:

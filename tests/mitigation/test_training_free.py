@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 import groundscope as gs
 from groundscope.core.errors import ConfigError
-from lvlm.decoding.loop import generate
+from lvlm import Lvlm
 from mitigation import training_free_methods
-from mitigation.training_free.branch_methods import BranchRule
 from mitigation.training_free.candidates import contrast, plausible
 from mitigation.training_free.methods.vcd import VCD, kept_signal
 from mitigation.training_free.scaling import scaled_count, scaled_layers
 from tests.toys.answers import assert_equal_answers
-from tests.toys.decoding_oracle import double_model, naive_steps
-from tests.toys.examples import example
+from tests.toys.rule_oracle import compare, masked
 
 FAMILIES = ("llava", "qwen2_5_vl", "gemma3")
 
@@ -51,28 +51,24 @@ def test_the_schedule_is_that_of_the_release() -> None:
     assert kept_signal(500) == pytest.approx(math.prod(1 - b for b in betas[:501]), rel=1e-12)
 
 
+@pytest.mark.parametrize("beta", [0.1, 0])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_vcd_is_the_written_rule(family: str) -> None:
-    lvlm = double_model(family)
-    batch = next(lvlm.batches([example(0), example(1)], 2))
-    method = VCD(beta=0.0)
-    rule = BranchRule(method, lvlm, batch)
-    answers = generate(lvlm, batch, rule, 4, ends=False)
-    for row, encoding in enumerate(batch.encodings):
-        plain = {n: x.double() if x.is_floating_point() else x for n, x in encoding.inputs.items()}
-        import hashlib
+def test_vcd_is_the_written_rule(family: str, beta: float) -> None:
+    import hashlib
 
-        noisy = dict(plain)
+    def noisy(_lvlm: Lvlm, question: Any, plain: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        inputs = dict(plain)
         for name, x in plain.items():
             if x.is_floating_point():
-                key = f"0\0{encoding.example.id}\0{name}"
+                key = f"0\0{question.id}\0{name}"
                 seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
                 noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
-                noisy[name] = (
+                inputs[name] = (
                     math.sqrt(kept_signal(500)) * x.float() + math.sqrt(1 - kept_signal(500)) * noise
                 ).double()
-        tokens, _ = naive_steps(lvlm, [plain, noisy], lambda _, x: 2 * x[0] - x[1], 4)
-        assert answers[row] == tokens
+        return [inputs]
+
+    compare(VCD(beta=beta), family, noisy, lambda _, x: masked(2 * x[0] - x[1], x[0], beta))
 
 
 def test_neutral_parameters_leave_the_model_alone() -> None:

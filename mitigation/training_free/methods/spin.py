@@ -65,7 +65,7 @@ class SPIN(AttentionMethod):
     def edited(self, rows: AttentionRows) -> AttentionRows:
         """Return attention with scaled outputs of heads."""
         stays = top_heads(rows.scores, rows.image, self.keep) | ~rows.image.any(-1)
-        factors = torch.where(stays, 1.0, self.factor).to(rows.scores)
+        factors = torch.full_like(rows.scores[..., 0], self.factor).masked_fill_(stays, 1)
         return rows.with_outputs(rows.outputs * factors[..., None])
 
 
