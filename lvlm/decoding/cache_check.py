@@ -1,4 +1,4 @@
-"""Two prompts of different length about one image, with which a model's cache is checked."""
+"""Two prompts of different length about one image, with which a model's cache is checked, and the error of rounding."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from PIL import Image
 
 from lvlm.decoding.rule import Prompts
@@ -27,3 +28,8 @@ def check_prompts(model: Lvlm, questions: Sequence[str] = _QUESTIONS) -> tuple[P
         inputs, _ = model.encode_prompt(model.prompt(question), [image])
         groups.append(Prompts((row,), model.on_device(inputs)))
     return tuple(groups)
+
+
+def rounding_of(model: Lvlm) -> float:
+    """Return the largest difference of log-probabilities that rounding explains."""
+    return min(0.25, 1e4 * torch.finfo(model.dtype).eps)

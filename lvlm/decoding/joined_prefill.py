@@ -27,9 +27,9 @@ from lvlm.decoding.attention_edits import (
     without_attention_edits,
 )
 from lvlm.decoding.cache import new_cache
-from lvlm.decoding.cache_check import check_prompts
-from lvlm.decoding.rule import Branch, Prompts
+from lvlm.decoding.cache_check import check_prompts, rounding_of
 from lvlm.decoding.row_layout import RowLayout
+from lvlm.decoding.rule import Branch, Prompts
 from lvlm.family.module_detection import text_config
 from lvlm.image_tokens import image_in_sequence, image_tokens
 
@@ -166,8 +166,6 @@ def _has_hooks(model: Lvlm) -> bool:
 
 @torch.no_grad()
 def _measure(model: Lvlm) -> bool:
-    from lvlm.decoding.loop import rounding_of
-
     text = text_config(model.hf.config)
     if usual_attention(model) != "sdpa" or not image_in_sequence(model):
         return False

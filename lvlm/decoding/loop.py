@@ -24,7 +24,7 @@ from lvlm.access.shared_vision_run import share_vision_runs
 from lvlm.active_interventions import mark_observer, without_marked_hooks
 from lvlm.decoding.attention_edits import without_attention_edits
 from lvlm.decoding.cache import merge_caches, new_cache
-from lvlm.decoding.cache_check import check_prompts
+from lvlm.decoding.cache_check import check_prompts, rounding_of
 from lvlm.decoding.joined_prefill import Part, joinable, joined_prefill, joins_prefills
 from lvlm.decoding.row_layout import RowLayout, stack_layouts
 from lvlm.decoding.rule import AnswerRule, Branch, Prompts, Step
@@ -532,8 +532,3 @@ def _measure_merging(model: Lvlm) -> bool:
         problem,
     )
     return False
-
-
-def rounding_of(model: Lvlm) -> float:
-    """Return the largest difference of log-probabilities that rounding explains."""
-    return min(0.25, 1e4 * torch.finfo(model.dtype).eps)

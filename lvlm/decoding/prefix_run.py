@@ -25,7 +25,8 @@ from lvlm.access.shared_vision_run import share_vision_runs
 from lvlm.active_interventions import mark_observer
 from lvlm.decoding.attention_edits import without_attention_edits
 from lvlm.decoding.cache import new_cache
-from lvlm.decoding.loop import PADDING, rounding_of, write_answers
+from lvlm.decoding.cache_check import rounding_of
+from lvlm.decoding.loop import PADDING, write_answers
 from lvlm.encoding.continued_inputs import append_tokens
 from lvlm.finite_logits import check_finite
 from lvlm.images import MemoryImage

@@ -14,8 +14,8 @@ from lvlm.access.decoder_module import decoder_of
 from lvlm.active_interventions import mark_observer, without_marked_hooks
 from lvlm.decoding.attention_edits import without_attention_edits
 from lvlm.decoding.cache import new_cache
-from lvlm.decoding.cache_check import check_prompts
-from lvlm.decoding.loop import PADDING, merges_caches, rounding_of
+from lvlm.decoding.cache_check import check_prompts, rounding_of
+from lvlm.decoding.loop import PADDING, merges_caches
 from lvlm.image_tokens import image_in_sequence, image_tokens
 
 if TYPE_CHECKING:
