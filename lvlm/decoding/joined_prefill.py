@@ -32,6 +32,7 @@ from lvlm.decoding.row_layout import RowLayout
 from lvlm.decoding.rule import Branch, Prompts
 from lvlm.family.module_detection import text_config
 from lvlm.image_tokens import image_in_sequence, image_tokens
+from lvlm.prefix_groups import BOTH_WAYS
 
 if TYPE_CHECKING:
     from lvlm.model import Lvlm
@@ -74,7 +75,8 @@ def joins_prefills(model: Lvlm) -> bool:
     False for attention other than ``sdpa``, for windows, for positions of several axes, and for models that read a prompt in both
     directions.
     """
-    if model.encoder_decoder or not {"position_ids", "logits_to_keep"} <= model.accepts:
+    both_ways = model.spec.model_type in BOTH_WAYS
+    if model.encoder_decoder or both_ways or not {"position_ids", "logits_to_keep"} <= model.accepts:
         return False
     return bool(model.remember(("joined prefills", model.attention, str(model.dtype)), lambda: _measure(model)))
 
@@ -110,8 +112,8 @@ def _split(cache: Any, lengths: Sequence[int]) -> list[Any]:
     caches = [new_cache() for _ in lengths]
     for number, layer in enumerate(cache.layers):
         keys, values = (x.split(list(lengths), dim=2) for x in (layer.keys, layer.values))
-        for one, k, v in zip(caches, keys, values, strict=True):
-            one.update(k, v, number)
+        for part, k, v in zip(caches, keys, values, strict=True):
+            part.update(k, v, number)
     return caches
 
 

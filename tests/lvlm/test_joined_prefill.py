@@ -77,14 +77,16 @@ def test_a_joined_prefill_has_the_results_of_separate_ones(
         patch.setattr(loop, "joins_prefills", lambda _: False)
         separate, more = logits_of(lvlm, batch, context)
     assert (passes, more) == (1, 3)
-    for one, other in zip(joined, separate, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-9, rtol=0)
+    for shared, alone in zip(joined, separate, strict=True):
+        torch.testing.assert_close(shared, alone, atol=1e-9, rtol=0)
     assert lvlm.attention == "sdpa"
 
 
 def test_hooks_inside_of_the_model_see_separate_passes() -> None:
     lvlm = model("llava")
     batch = next(lvlm.batches([example(0)], 1))
+    assert loop.merges_caches(lvlm)  # both are measured once a model, with passes that are not counted here
+    assert joins_prefills(lvlm)
     lengths: list[int] = []
     layer = lvlm.layers("decoder")[1]
     handle = layer.register_forward_hook(lambda _m, _a, out: lengths.append(out.shape[1]))

@@ -29,7 +29,8 @@ class Recorded:
 
     def __init__(self, rule: AnswerRule) -> None:
         self.rule, self.scores = rule, []
-        self.sites, self.image_sites, self.branches = rule.sites, rule.image_sites, rule.branches
+        self.sites, self.image_sites = rule.sites, rule.image_sites
+        self.branches, self.independent = rule.branches, rule.independent
 
     def combine(self, step: Step) -> Tensor:
         self.scores.append(self.rule.combine(step))
