@@ -21,6 +21,11 @@ def image_in_sequence(model: Model) -> bool:
     return not model.encoder_decoder and model.image_encoding.image_token_mask is not None
 
 
+def reads_both_ways(model: Model) -> bool:
+    """Whether image tokens of the family, or whole prompts, attend to later tokens."""
+    return model.spec.model_type in {"paligemma", "gemma3", "gemma3n", "gemma4", "shieldgemma2"}
+
+
 def check_image_in_sequence(model: Model, purpose: str) -> None:
     """Raise `ModelError` if the decoder's sequence contains no image tokens; `purpose` begins the message."""
     if image_in_sequence(model):

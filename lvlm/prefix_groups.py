@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lvlm.family.module_detection import text_config
-from lvlm.image_tokens import image_in_sequence
+from lvlm.image_tokens import image_in_sequence, reads_both_ways
 
 if TYPE_CHECKING:
     from concepts.schema import Example
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 """Inputs with one value for each token."""
-BOTH_WAYS = ("paligemma", "gemma3", "gemma3n", "gemma4", "shieldgemma2")
-"""Families whose image tokens, or whole prompts, attend to later tokens."""
 
 
 def unshared_because(model: Lvlm) -> str:
@@ -55,7 +53,7 @@ def _excluded_family(model: Lvlm) -> str:
         return "an encoder reads the prompt"
     if not image_in_sequence(model):
         return "cross-attention layers read the image"
-    if model.spec.model_type in BOTH_WAYS:
+    if reads_both_ways(model):
         return "image tokens attend to later tokens"
     if "chunked_attention" in (getattr(text_config(model.hf.config), "layer_types", None) or ()):
         return "attention is limited to chunks"

@@ -31,8 +31,7 @@ from lvlm.decoding.cache_check import check_prompts, rounding_of
 from lvlm.decoding.row_layout import RowLayout
 from lvlm.decoding.rule import Branch, Prompts
 from lvlm.family.module_detection import text_config
-from lvlm.image_tokens import image_in_sequence, image_tokens
-from lvlm.prefix_groups import BOTH_WAYS
+from lvlm.image_tokens import image_in_sequence, image_tokens, reads_both_ways
 
 if TYPE_CHECKING:
     from lvlm.model import Lvlm
@@ -75,8 +74,7 @@ def joins_prefills(model: Lvlm) -> bool:
     False for attention other than ``sdpa``, for windows, for positions of several axes, and for models that read a prompt in both
     directions.
     """
-    both_ways = model.spec.model_type in BOTH_WAYS
-    if model.encoder_decoder or both_ways or not {"position_ids", "logits_to_keep"} <= model.accepts:
+    if model.encoder_decoder or reads_both_ways(model) or not {"position_ids", "logits_to_keep"} <= model.accepts:
         return False
     return bool(model.remember(("joined prefills", model.attention, str(model.dtype)), lambda: _measure(model)))
 
