@@ -1,4 +1,4 @@
-"""How candidate answers are compared: the names of the scores, without a model."""
+"""Names of the scores by which candidate answers are compared; `behavior.text_scores` computes those of texts."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ def repeat_sampled(data: ConceptDataset, seeds: int, *, generate: bool) -> Conce
 
 
 def divide_seeds(answers: BehaviorResult) -> list[BehaviorResult]:
-    """Return the answers of each seed; a question that was answered without sampling is among those of every seed.
+    """Split answers by seed; an answer without sampling is in the result of every seed.
 
     Examples
     --------

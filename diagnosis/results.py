@@ -69,7 +69,7 @@ class Push:
 
 @dataclass(frozen=True)
 class Place:
-    """Calibration of a place on held-out examples of one kind of question."""
+    """Calibration of the probes at one place (site, tokens, layer) on held-out examples of one kind of question."""
 
     kind: str
     """Level and kind of the questions, ``attribute what_color``."""

@@ -159,7 +159,7 @@ def read_record(path: Path, shape: Any, *, limit: int = MAX_BYTES) -> Any:
 
 
 def problem(value: Any, shape: Any, at: str = "") -> str | None:
-    """Return the first difference between a value and a shape, or None."""
+    """Return the first difference between a JSON value and the required shape; None if the value has this shape."""
     if isinstance(shape, Optional):
         return None if value is None else problem(value, shape.shape, at)
     if isinstance(shape, OneOf):

@@ -53,7 +53,7 @@ def check_loading(model: nn.Module, info: Mapping[str, Iterable[Any]], name: str
     Raises
     ------
     ModelError
-        If weights are missing, which transformers would initialize at random, or have another shape. Weights that are tied to
+        If weights are missing or have another shape: transformers would initialize them at random. Weights that are tied to
         a loaded weight are not missing.
     """
     missing = sorted(set(info.get("missing_keys", ())))

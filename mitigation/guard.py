@@ -219,7 +219,9 @@ LIMITED_BY_MAX_DROP = ("recall", "neutral", "typical", "other_questions")
 
 
 def guard_limits(overrides: Mapping[str, float | None], max_drop: float | None = None) -> dict[str, float | None]:
-    """Return the limit of each guard: its default, `max_drop` for answers to questions, or an override; None for no limit.
+    """Return the limit of each guard; None for no limit.
+
+    An override takes precedence over `max_drop`, which replaces the defaults of the guards `LIMITED_BY_MAX_DROP`.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Captions and plain text: prompts with which the cost of a correction on free text is measured."""
+"""Prompts that measure how much a correction changes free text: captions, and plain text without an image."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def predict_text(model: Lvlm, texts: Sequence[PlainText]) -> tuple[np.ndarray, .
 
 @dataclass(frozen=True, eq=False)
 class TextProbe:
-    """Prompts with which the cost of a correction on free text is measured.
+    """Prompts that measure how much a correction changes free text.
 
     Examples
     --------

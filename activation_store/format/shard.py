@@ -225,7 +225,7 @@ def _digest_of_values(dataset: h5py.Dataset) -> str:
 def inspect(path: Path, *, screened: bool = False) -> ShardEntry:
     """Verify a sealed shard and return its manifest entry; raise `StoreError` if a byte changed.
 
-    `screened` states that the file is a copy of a screened file, so that HDF5 can parse it.
+    Set `screened` only for a copy of a file that has been screened: HDF5 then parses it without screening it again.
     """
     with open_unscreened(path, SHARD_KIND) if screened else open_shard(path) as file, reading(path):
         seal = read_seal(path)

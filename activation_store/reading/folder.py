@@ -187,7 +187,7 @@ _MERGED = "merged"
 
 
 def check_mergeable(parts: Sequence[tuple[Folder, Sequence[str]]]) -> None:
-    """Raise `StoreError` unless several folders, each with its example ids, can form one store."""
+    """Raise `StoreError` if folders, each passed with its example ids, cannot be merged into one store."""
     first = parts[0][0]
     where: dict[str, Folder] = {}
     for folder, ids in parts:

@@ -190,7 +190,7 @@ def _stored_digests(element: h5py.Dataset | h5py.Group, name: str) -> np.ndarray
 
 
 def token_rows(offsets: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Return the token rows int64 [t] of examples [n] of a ragged array, in the order of the examples."""
+    """Return the rows int64 [t] of a ragged array that hold the tokens of examples `rows` [n], in their order."""
     starts, lengths = offsets[rows], (offsets[1:] - offsets[:-1])[rows]
     within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     return np.repeat(starts, lengths) + within

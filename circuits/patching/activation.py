@@ -79,15 +79,15 @@ def patch_heads(
         Name in `circuits.metrics` (``logit_difference``, ``probability``, ``log_probability``, ``kl``), or a function from
         logits ``[B, V]`` at the last prompt token and the pair to one number per run, ``[B]``; called once per pair.
     min_effect
-        Pairs with ``|M_clean - M_corrupt|`` below this are excluded and counted in `HeadScores.excluded`, as a share of
-        a tiny difference is noise. By default 0.5 for ``logit_difference`` and ``log_probability``, 0.05 for
+        Pairs with ``|M_clean - M_corrupt|`` below this are excluded and counted in `HeadScores.excluded`, because
+        dividing by a tiny difference gives noise. By default 0.5 for ``logit_difference`` and ``log_probability``, 0.05 for
         ``probability`` and ``kl``, 0 for functions. With 0, pairs with identical images are included, and all their
-        effects are exactly 0. With `scale` the default is 0.
+        effects are exactly 0. With a `scale`, and for placebo pairs, the default is 0.
     scale
-        Difference of the metric that is an effect of 1, the same for all pairs, such as `HeadScores.scale` of the pairs that
-        placebo pairs control. By default the difference ``M_clean - M_corrupt`` of each pair; for placebo pairs, whose own
-        differences are near 0, it is 1, so that effects are in units of the metric. The metric of a placebo pair compares
-        the true answer with the answer by prior, or the first wrong candidate.
+        Divisor of the change of the metric, the same for all pairs; by default the difference ``M_clean - M_corrupt`` of each
+        pair. For placebo pairs, whose own differences are near 0, the default is 1: their effects are in units of the metric.
+        To compare them with the pairs that they control, pass `HeadScores.scale` of those pairs. The metric of a placebo pair
+        compares the true answer with the answer by prior, or the first wrong candidate.
     batch_size
         Largest number of patches per batch; None for as many as memory allows.
     memory
@@ -105,10 +105,10 @@ def patch_heads(
     Raises
     ------
     PatchError
-        Before any forward pass, if `pairs` is empty, a pair's examples differ in length or in the positions of the image,
-        answers begin with the same token or, except for placebo pairs, are equal, placebo pairs are mixed with others
-        without a `scale`, the model is in training mode, or `memory` is too small for one patch; afterwards if more than
-        half of the pairs are below `min_effect`.
+        Before any forward pass: if `pairs` is empty; if the examples of a pair differ in length or in the positions of the
+        image; if the answers of a pair begin with the same token, or are equal (except in placebo pairs); if placebo pairs
+        and other pairs are mixed without a `scale`; if the model is in training mode; or if `memory` is too small for one
+        patch. After the forward passes: if more than half of the pairs are below `min_effect`.
     ModelError
         If the metric of a pair, patched or not, is not finite.
     SiteError

@@ -118,7 +118,7 @@ class Settings:
     most: int | None
     progress: bool | None
     scale: float | None = None
-    """Difference of the metric that is an effect of 1; None for the difference of each pair."""
+    """Divisor of the change of the metric, the same for all pairs; None for the difference of each pair."""
 
 
 def sweep(model: Lvlm, plans: Sequence[PairPlan], work: Work, settings: Settings) -> SweepResult:

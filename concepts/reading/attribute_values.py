@@ -1,4 +1,4 @@
-"""Attributes other than colors, and actions, of which an annotation says that others are false.
+"""Values of attributes (except color) and actions that exclude other values: if one is annotated, the others are false.
 
 Annotations such as those of GQA and Visual Genome are incomplete: that no annotator wrote "wooden" does not mean that a table is
 not wooden. A question with the answer no is therefore made only where the annotation excludes it: by another value of an
@@ -90,7 +90,7 @@ ACTION_NAMES: Mapping[str, str] = MappingProxyType(
 
 
 def attribute_kinds(words: Sequence[str], noun: str) -> dict[str, str]:
-    """Return the attributes of an object other than its color, by kind, of which the annotation excludes other values.
+    """Return the annotated attributes of an object, by kind, that make other values false; color is not among them.
 
     Parameters
     ----------

@@ -114,7 +114,7 @@ def _named(word: str) -> str:
 
 
 def as_sources(word: str) -> str:
-    """Return ``data=[pope,gqa]`` as the option with the format of each file; other words unchanged."""
+    """Replace ``data=[pope,gqa]`` by ``data.source=[pope,gqa]``, the format of each file; return other words unchanged."""
     key, _, value = word.partition("=")
     return f"data.source={value}" if key == "data" and value.startswith("[") else word
 

@@ -37,8 +37,8 @@ def resume(path: str, words: Sequence[str], run: Callable[[Sequence[str]], int])
     Raises
     ------
     ConfigError
-        If the folder has neither, was configured by a release with other options, or has a file with settings that are accepted
-        on the command line only.
+        If the folder holds neither a run nor a sweep, was configured by a release with other options, or has a file with
+        settings that are accepted on the command line only.
     """
     folder = _folder(path)
     if is_file(folder / RECORD):

@@ -1,4 +1,4 @@
-"""The examples that an estimate measures: evenly spaced, and encoded as the trace encodes them."""
+"""Select evenly spaced examples to measure for an estimate, and encode them as the trace does."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def encode_planned(encoding: Encoding, tokens: Sequence[str]) -> Encoding:
-    """Return an encoding with an empty answer if tokens of the answer are traced too."""
+    """Return the encoding with an empty answer if `tokens` select tokens of the answer, otherwise unchanged."""
     from activation_store.tracing.continuation import choose_continuation
 
     if not choose_continuation(tokens, 0):

@@ -53,7 +53,7 @@ def unembedding_bytes(model: Lvlm, plan: Plan) -> float:
 
 
 def table_bytes(model: Lvlm, data: ConceptDataset, plan: Plan, encodings: Sequence[Encoding], examples: int) -> float:
-    """Return the bytes of tables, indexes and digests, measured on small stores with the same rows and arrays of width 1."""
+    """Estimate the bytes of tables, indexes and digests from two small stores, whose arrays have one layer and one column."""
     concepts = tuple(sorted({concept for example in data for concept in example.labels}))
     few = max(1, len(encodings) // 4)
     with tempfile.TemporaryDirectory() as folder:

@@ -109,7 +109,7 @@ def typical_error(errors: Sequence[Example]) -> Example | None:
 
 
 def detailed_diagnoses(diagnoses: Diagnoses, count: int) -> list[Diagnosis]:
-    """Return wrong answers to show: one of each verdict and level in turn, the most certain first."""
+    """Select the diagnoses to show: one of each verdict and level in turn, in each group the most certain first."""
     parts: dict[tuple[str, str], list[Diagnosis]] = {}
     for diagnosis in sorted(diagnoses.wrong, key=lambda d: d.confidence):
         parts.setdefault((str(diagnosis.verdict), diagnosis.example["level"]), []).append(diagnosis)

@@ -1,4 +1,4 @@
-"""The stages of a run, in order: a line of `TABLE` each.
+"""The stages of a run, in order: one entry of `TABLE` per stage.
 
 A stage's function gets the context of the run and the folder of the stage, writes its files there, and returns a one-line
 summary. Functions are imported when they are called: a command that only reads imports no torch.
@@ -58,7 +58,7 @@ def needed_stages(name: str, context: Context) -> tuple[str, ...]:
 
 
 def _missing(context: Context) -> list[str]:
-    """Return the stages that have not run and do not run now: the report has no sections of them."""
+    """Return the stages without results, which have not run and do not run now: the report has no sections for them."""
     runs = context.config.stages
     return [s for s in STAGES if s not in runs and s != "examples" and context.folder.receipt(TABLE[s].folder) is None]
 

@@ -22,14 +22,24 @@ if TYPE_CHECKING:
 def metatoken_features(model: Lvlm, examples: Sequence[Example], *, layer: int | None = None) -> MentionScores:
     """Return MetaToken's features of mentioned objects, the columns of a classifier.
 
-    Fieback et al. 2024, arXiv 2405.19186. Of the tokens of an object (first to last) in an answer of T tokens:
-    ``position`` of the first one divided by T; ``occurrences`` of the object in the answer; ``attention.H<head>``, the
-    attention to the image of the query before each token, mean over tokens; ``log_p``, the sum of their
-    log-probabilities; ``cumulative_log_p``, that of the answer up to the object; ``sequence_score``, the latter divided
-    by its number of tokens; and means over the object's tokens of the distribution before them: ``entropy``,
-    ``variance`` of the log-probability, ``variation_ratio`` ``1 - max p``, ``margin`` ``1 - (p_1 - p_2)`` of the two
-    largest, and ``probability_difference`` ``max p - p`` of the token. The paper's text was not at hand: the forms of
-    the variance and the margin, and means over tokens, are this package's reading.
+    Fieback et al. 2024, arXiv 2405.19186. The features of an object are:
+
+    - ``position``: index of its first token, divided by the number of tokens of the answer;
+    - ``occurrences``: how often the answer names it;
+    - ``log_p``: sum of the log-probabilities of its tokens;
+    - ``cumulative_log_p``: sum of the log-probabilities of the answer's tokens, up to the object's last token;
+    - ``sequence_score``: ``cumulative_log_p`` divided by the number of these tokens.
+
+    The others are means over its tokens. With p the distribution from which a token is chosen, they are:
+
+    - ``entropy``, and ``variance`` of the log-probability;
+    - ``variation_ratio``: ``1 - max p``;
+    - ``margin``: ``1 - (p_1 - p_2)`` with the two largest probabilities;
+    - ``probability_difference``: ``max p`` minus the probability of the token;
+    - ``attention.H<head>``: attention to the image from the position that predicts the token.
+
+    The forms of the variance and the margin, and the means over tokens, are this package's interpretation: they have not
+    been compared with the text of the paper.
 
     Parameters
     ----------

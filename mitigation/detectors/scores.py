@@ -88,7 +88,7 @@ def grouped_auc(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Estimate:
-    """Return an area under the ROC curve with an interval over groups, of rows without NaN."""
+    """Return the area under the ROC curve with an interval clustered by group; rows with NaN are excluded."""
     defined = ~np.isnan(labels) & ~np.isnan(scores)
     y, x = labels[defined], scores[defined]
     names, row_group = np.unique(np.asarray(groups, dtype=object)[defined].astype(str), return_inverse=True)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def first_live_query(model: Lvlm, length: int) -> int:
     """Return the index, among the `length` positions of the current forward pass, of the first row that may change.
 
-    In passes outside of `lvlm.decoding` this is the last position, or that before `Lvlm.answer_from`.
+    In passes outside of `lvlm.decoding` it is the last position or, if `Lvlm.answer_from` is set, the position before that.
     """
     layout = model.row_layout
     if layout is not None:

@@ -1,4 +1,4 @@
-"""Whole words at the start of written tokens."""
+"""Cut generated tokens after a number of whole words."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 
 def cut_tokens(tokens: Sequence[int], words: int, text: Callable[[Sequence[int]], str]) -> list[int]:
-    """Return the longest start of tokens with at most a number of words.
+    """Return the longest prefix of `tokens` whose text has at most `words` words.
 
     Examples
     --------

@@ -93,12 +93,12 @@ def find_array(
 
 
 def concept_columns(frame: pd.DataFrame) -> list[str]:
-    """Return the columns of an example table that are concept labels: those of numbers that are no field of an example."""
+    """Return the columns of an example table that are concept labels: numeric columns that are not fields of an example."""
     return [str(c) for c in frame.columns if is_label_name(str(c)) and frame[c].dtype.kind in "bifu"]
 
 
 def expand_concepts(frame: pd.DataFrame, concepts: Sequence[str]) -> list[str]:
-    """Return concepts with the name of a column of classes replaced by its classes, such as ``place`` by ``place:room``."""
+    """Replace the name of each column of classes, such as ``place``, by one concept per class, such as ``place:room``."""
     available = concept_columns(frame)
     expanded: list[str] = []
     for concept in concepts:

@@ -68,7 +68,10 @@ def write(data: PreferenceData, folder: Path, variant: str = "llava") -> Path:
 
 
 def read(file: Path, images: Path) -> PreferenceData:
-    """Read a file of either form: each chosen with each rejected description, with the first of `PROMPTS`."""
+    """Read a file in either layout, with the first of `PROMPTS` as the prompt.
+
+    Each chosen description of an image makes a pair with each rejected one.
+    """
     indexed = IndexedImages(images)
     return build("ha_dpo_descriptions", file, indexed.folder, _pairs(file, indexed))
 

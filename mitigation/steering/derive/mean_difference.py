@@ -23,13 +23,14 @@ def mean_difference(
 ) -> SteeringVector:
     """Return mass-mean directions: ``unit(mean of the positive - mean of the negative)`` at each head, layer and site.
 
-    Sigma is the standard deviation of the projections of all examples used (ITI, Li et al. 2023, arXiv 2306.03341).
+    The strength is in units of sigma, the standard deviation of the projections of all examples of the contrast on the
+    direction (ITI, Li et al. 2023, arXiv 2306.03341).
 
     Parameters
     ----------
     contrast
-        Examples of a store (`Contrast.from_store`), with ``z`` of the heads, ``resid_post`` of the layers and the other
-        sites; or pairs of examples (`Contrast.from_pairs`).
+        Pairs of examples (`Contrast.from_pairs`), or two groups of examples of a store (`Contrast.from_store`). The store
+        must contain ``z`` for `heads`, ``resid_post`` for `layers`, and each of `sites`.
     heads, layers, sites
         Places to act on: heads' ``z``, layers' residual streams, other decoder sites such as ``decoder.L3.mlp_out``.
     tokens

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 class CutGreedy(TrainingFree):
     """Control: the greedy answer, cut after a number of words.
 
-    `length_for_mean` and `length_for_recall` choose the number so that the mean length, or the recall of captions, is that of
-    a method. Answers that are chosen from candidates do not change.
+    `length_for_mean` chooses the number at which the mean length is closest to that of a method; `length_for_recall` chooses
+    the smallest number at which captions reach the recall of a method. Answers that are chosen from candidates do not change.
 
     Examples
     --------

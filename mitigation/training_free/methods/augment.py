@@ -155,7 +155,7 @@ def augment(
     template
         Prompt of the answer, with ``{text}`` and ``{question}``.
     shuffled
-        For the control: seed with which the texts are exchanged.
+        Seed of the control, in which every key gets a different text; None for the method itself.
 
     Raises
     ------

@@ -185,7 +185,9 @@ def confirmed_shares(
 
 
 def confirms(answer: str, noun: str, question: str, lexicon: Mapping[str, str]) -> bool:
-    """Whether an answer confirms an object: it begins with yes, or to a question for objects names it.
+    """Whether an answer confirms an object.
+
+    An answer to "Which objects …" confirms the objects that it names; any other answer does if it begins with yes.
 
     Examples
     --------
