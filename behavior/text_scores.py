@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from behavior.candidate_scores import TEXT, TEXT_PER_TOKEN
+from behavior.score_names import TEXT, TEXT_PER_TOKEN
 from concepts.schema import Example
 from groundscope.core.errors import DataError, ModelError
 from lvlm.answer_keys import answer_tokens

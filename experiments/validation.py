@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from behavior.candidate_scores import FIRST_TOKEN, SCORES
 from behavior.matching import MATCHES
 from behavior.parsing import PARSERS
+from behavior.score_names import FIRST_TOKEN, SCORES
 from concepts.concept import LEVELS, Concept
 from experiments.config import STAGES, SWEEPS, RunConfig
 from experiments.data import data_problem, has_own_labels, is_scenes

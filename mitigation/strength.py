@@ -6,9 +6,9 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 
 from behavior import BehaviorResult, answer_each
-from behavior.candidate_scores import FIRST_TOKEN
 from behavior.matching import DEFAULT_MATCH
 from behavior.metrics import METRICS, compute_metrics
+from behavior.score_names import FIRST_TOKEN
 from circuits import intervened, logits_under
 from concepts.schema import ConceptDataset
 from groundscope.core.errors import ConfigError

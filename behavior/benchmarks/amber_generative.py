@@ -157,7 +157,7 @@ def _read(files: Mapping[str, Path]) -> list[BenchmarkQuestion]:
 def _relation(path: Path) -> dict[str, list[str]]:
     content = read_json(path)
     if not isinstance(content, dict) or not all(isinstance(v, list) and all(map(is_text, v)) for v in content.values()):
-        msg = f"{path}: expected an object of words, each with a list of related words"
+        msg = f"{path}: expected a JSON object that maps each word to a list of related words"
         raise DataError(msg)
     return content
 

@@ -89,7 +89,7 @@ def _captions(path: Path, wanted: set[str]) -> dict[str, list[str]]:
 
 
 def _no_questions(_: Mapping[str, Path]) -> list[BenchmarkQuestion]:
-    msg = "CHAIR scores the images that have captions; give the captions as answers"
+    msg = "CHAIR has no question file: generate captions of the images, and pass them as answers"
     raise DataError(msg)
 
 

@@ -105,7 +105,7 @@ def blockiness_of(gray: NDArray[np.float64]) -> float:
     --------
     >>> import numpy as np
     >>> from behavior.data_audit.images import blockiness_of
-    >>> blockiness_of(np.kron(np.arange(16.0).reshape(4, 4), np.ones((8, 8))) + 0.01 * np.indices((32, 32)).sum(0)) > 10
+    >>> blockiness_of(np.kron(np.arange(16.0).reshape(4, 4), np.ones((8, 8))) + 0.1 * np.indices((32, 32)).sum(0)) > 10
     True
     """
     if min(gray.shape) < 24:

@@ -28,7 +28,7 @@ from behavior.free_text.spans import Description, Span, Verdict
 from concepts.concept import LEVELS, Level
 from concepts.nouns import number
 from concepts.reading.annotation_questions import COLORS, OPPOSITES, relation_name
-from concepts.reading.attribute_values import ACTIONS, alternatives, attribute_kinds
+from concepts.reading.exclusive_values import ACTIONS, alternatives, attribute_kinds
 from concepts.scene_object import SceneObject
 from groundscope.core.errors import DataError
 from groundscope.core.short_repr import short_repr

@@ -73,7 +73,7 @@ def gqa(
         Yes-no questions of all levels, with objects and boxes. The subject of a GQA question is the first object in its
         ``annotations.question``; a question about an absent object has none. The color of an object is its attribute
         ``color`` if it has exactly one; attributes that exclude others are under their kind, such as ``material``
-        (`concepts.reading.attribute_values`), and all others under their own names. Boxes are left out and counted if they have
+        (`concepts.reading.exclusive_values`), and all others under their own names. Boxes are left out and counted if they have
         no area, extend beyond the image by more than a pixel, or cannot be converted (`concepts.reading.box_frames`); these
         objects have no box.
 

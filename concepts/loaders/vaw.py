@@ -13,8 +13,8 @@ from concepts.nouns import is_the, singular
 from concepts.question import YES_NO, yes_or_no
 from concepts.reading.annotation_questions import ATTRIBUTE_KINDS, SPELLINGS, attribute_question, attributes_of
 from concepts.reading.assembly import build_dataset, check_counts
-from concepts.reading.attribute_values import attribute_kinds
 from concepts.reading.box_frames import box_numbers
+from concepts.reading.exclusive_values import attribute_kinds
 from concepts.reading.image_folder import ImageFolder
 from concepts.reading.outlines import read_outline
 from concepts.reading.record import Record
@@ -48,7 +48,7 @@ def vaw(attributes: Path | str, images: Path | str, *, per_image: int = 3, limit
     -------
     ConceptDataset
         Yes-no questions of level attribute, with objects, boxes and outlines. Kinds are ``color``, the kinds of
-        `concepts.reading.attribute_values`, and otherwise ``attribute``. Only objects whose noun is unique among the
+        `concepts.reading.exclusive_values`, and otherwise ``attribute``. Only objects whose noun is unique among the
         annotated objects of the image are asked about.
 
     Raises

@@ -4,7 +4,7 @@ Questions come in pairs, one with the answer yes and one with the answer no. Exi
 number and article of the noun. Only questions with a certain answer are made:
 
 - color: about an object whose noun, in singular or plural, is unique in the image, and that has exactly one color;
-- other attributes: about such an object, with a value that excludes another (`concepts.reading.attribute_values`);
+- other attributes: about such an object, with a value that excludes another (`concepts.reading.exclusive_values`);
 - relation: about two such objects, in a relation that has an opposite;
 - action: about two such objects, where one does something with the other that excludes another action;
 - existence: the absent noun names no annotated object, in any number and by any synonym (`concepts.nouns.PresentNouns`).
@@ -24,7 +24,7 @@ from concepts.concept import Level
 from concepts.image_files import FileImage
 from concepts.nouns import PresentNouns, canonical_noun, existence_question, is_the, number, singular
 from concepts.question import YES_NO, yes_or_no
-from concepts.reading.attribute_values import (
+from concepts.reading.exclusive_values import (
     ACTION_NAMES,
     ACTIONS,
     ANTONYMS,
@@ -97,7 +97,7 @@ class AnnotatedImage:
     objects: tuple[SceneObject, ...]
     """In the order of the file."""
     relations: tuple[tuple[str, str, str], ...] = ()
-    """Id of the first object, one of `OPPOSITES` or of `concepts.reading.attribute_values.ACTIONS`, id of the second object."""
+    """Id of the first object, one of `OPPOSITES` or of `concepts.reading.exclusive_values.ACTIONS`, id of the second object."""
     absent: tuple[str, ...] | None = None
     """Nouns of objects that are certainly absent; None if every noun is that no annotated object has."""
 
@@ -287,7 +287,7 @@ def attributes_of(words: Sequence[str], left_out: Counter[str], noun: str = "") 
     """Return the attributes of an object from its annotated words.
 
     A color is stored under ``color`` if the object has exactly one; a value that excludes others under its kind, such as
-    ``material`` or ``size`` (`concepts.reading.attribute_values`); and every word that is not a color also under its own name.
+    ``material`` or ``size`` (`concepts.reading.exclusive_values`); and every word that is not a color also under its own name.
 
     Parameters
     ----------

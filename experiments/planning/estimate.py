@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from concepts.schema import ConceptDataset
-from experiments.planning.samples import encode_planned, spread
+from experiments.planning.measured_examples import encode_planned, spread
 from experiments.planning.sizes import array_bytes, stored_rows, table_bytes, unembedding_bytes
 from experiments.planning.times import build_thin, measure_thin, measure_trace
 from experiments.run.context import Context

@@ -11,7 +11,7 @@ import numpy as np
 
 from concepts.schema import ConceptDataset
 from experiments.config import TraceConfig
-from experiments.planning.samples import encode_planned, spread
+from experiments.planning.measured_examples import encode_planned, spread
 from experiments.stages.trace import traced_reductions, traced_sites
 
 if TYPE_CHECKING:

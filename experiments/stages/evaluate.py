@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from behavior import ImageAnnotation, answer, score_descriptions, write_descriptions
-from behavior.candidate_scores import FIRST_TOKEN
 from behavior.chair import read_synonyms
 from behavior.free_text.annotations import annotation_of, examples_by_image
 from behavior.metrics import METRICS, compare_metric, compute_metrics
+from behavior.score_names import FIRST_TOKEN
 from concepts.schema import ConceptDataset
 from experiments.config import EvaluateConfig
 from experiments.results.scores import write_scores

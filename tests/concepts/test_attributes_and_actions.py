@@ -18,7 +18,7 @@ from concepts.counterfactuals.photographs.mirror import mirror_objects
 from concepts.counterfactuals.photographs.recolor import RecoloredImage
 from concepts.counterfactuals.photographs.regions import region_mask
 from concepts.counterfactuals.photographs.swap import pair_kind
-from concepts.reading.attribute_values import ACTION_SETS, ACTIONS, ANTONYMS, EXCLUSIVE, alternatives, attribute_kinds
+from concepts.reading.exclusive_values import ACTION_SETS, ACTIONS, ANTONYMS, EXCLUSIVE, alternatives, attribute_kinds
 from concepts.schema import ConceptDataset
 from groundscope.core.errors import ConfigError, DataError
 from groundscope.testing.annotation_files import write_annotations

@@ -14,7 +14,7 @@ from groundscope.core.text import format_count
 from lvlm.generation import greedy
 from mitigation.training_free.method import TrainingFree
 from mitigation.training_free.prompt_methods import text_of
-from mitigation.training_free.written_words import cut_tokens
+from mitigation.training_free.word_limit import cut_tokens
 
 if TYPE_CHECKING:
     from behavior import BehaviorResult

@@ -46,7 +46,10 @@ def other_layers(model: Lvlm, layers: Sequence[int], seed: int = 0) -> tuple[int
     """
     others = [layer for layer in range(model.n_layers) if layer not in set(layers)]
     if len(others) < len(set(layers)):
-        msg = f"{len(set(layers))} of {model.n_layers} layers: there are not as many others; choose at most half of the layers"
+        msg = (
+            f"the control needs {len(set(layers))} other layers, but the model has only {model.n_layers} in all; choose at most "
+            "half of the layers"
+        )
         raise ConfigError(msg)
     random_layers = generator_of(seed, "layers").choice(others, len(set(layers)), replace=False)
     return tuple(sorted(int(layer) for layer in random_layers))

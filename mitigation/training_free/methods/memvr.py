@@ -16,8 +16,8 @@ from lvlm.active_interventions import mark_intervention, mark_observer
 from lvlm.decoding.decoder import AnswerRule, RuleDecoder
 from lvlm.family.specification import resolve
 from lvlm.image_tokens import image_tokens
+from mitigation.training_free.editable_rows import first_live_query
 from mitigation.training_free.lens import at_least_float32, check_blocks, check_depth, lens
-from mitigation.training_free.live_queries import first_live_query
 from mitigation.training_free.method import (
     Category,
     TrainingFree,

@@ -21,7 +21,7 @@ from mitigation.training_free.method import Category, Regime, TrainingFree, chec
 from mitigation.training_free.prompt_methods import text_of
 from mitigation.training_free.prompt_words import words_problem
 from mitigation.training_free.seeds import seed_of
-from mitigation.training_free.written_words import cut_tokens
+from mitigation.training_free.word_limit import cut_tokens
 
 if TYPE_CHECKING:
     from concepts.schema import Example

@@ -16,6 +16,7 @@ from lvlm.active_interventions import mark_intervention
 from lvlm.decoding.decoder import AnswerRule, RuleDecoder, Step
 from mitigation.protocol import ForwardCost
 from mitigation.training_free.branches import check_runs_without_image, without_image
+from mitigation.training_free.editable_rows import first_live_query
 from mitigation.training_free.lens import (
     at_least_float32,
     block_outputs,
@@ -24,7 +25,6 @@ from mitigation.training_free.lens import (
     lens_without_norm,
     stacked,
 )
-from mitigation.training_free.live_queries import first_live_query
 from mitigation.training_free.method import (
     Category,
     TrainingFree,

@@ -108,7 +108,7 @@ def select_paths(paths: Sequence[ScoredAnswer], tree: SentenceTree) -> list[Scor
 
     Examples
     --------
-    >>> from mitigation.self_judgment.dsr import ScoredAnswer, SentenceTree, select_paths
+    >>> from mitigation.self_judgment.sentence_tree import ScoredAnswer, SentenceTree, select_paths
     >>> paths = [ScoredAnswer((i,), (score,)) for i, score in enumerate([0.0, 3.0, 2.0, -1.0, 1.0])]
     >>> [path.score for path in select_paths(paths, SentenceTree())]
     [3.0, 0.0, -1.0]

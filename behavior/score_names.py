@@ -13,7 +13,7 @@ SCORES = (FIRST_TOKEN, TEXT, TEXT_PER_TOKEN)
 def check_score(score: str) -> None:
     """Raise `ConfigError` for an unknown score.
 
-    >>> from behavior.candidate_scores import check_score
+    >>> from behavior.score_names import check_score
     >>> check_score("text")
     """
     if score not in SCORES:

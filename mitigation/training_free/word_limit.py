@@ -10,7 +10,7 @@ def cut_tokens(tokens: Sequence[int], words: int, text: Callable[[Sequence[int]]
 
     Examples
     --------
-    >>> from mitigation.training_free.written_words import cut_tokens
+    >>> from mitigation.training_free.word_limit import cut_tokens
     >>> pieces = ["a", " ba", "na", "na", " and"]
     >>> cut_tokens(range(5), 2, lambda tokens: "".join(pieces[i] for i in tokens))
     [0, 1, 2, 3]

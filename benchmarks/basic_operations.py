@@ -1,6 +1,6 @@
 """Speed of basic operations: drawing scenes, loading the embedded model, answering questions, patching heads.
 
-    python benchmarks/foundation.py [--quick]
+    python benchmarks/basic_operations.py [--quick]
 
 One thread; medians over repetitions. Figures:
 
@@ -99,7 +99,7 @@ def main() -> None:
         "patching_speedup_vs_one_forward_a_head": figure(speedup, "", n),
     }
     print_figures(figures, f"one thread, {n} repetitions")
-    finish("foundation", describe_device("torch"), figures)
+    finish("basic_operations", describe_device("torch"), figures)
 
 
 if __name__ == "__main__":

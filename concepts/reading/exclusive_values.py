@@ -106,7 +106,7 @@ def attribute_kinds(words: Sequence[str], noun: str) -> dict[str, str]:
 
     Examples
     --------
-    >>> from concepts.reading.attribute_values import attribute_kinds
+    >>> from concepts.reading.exclusive_values import attribute_kinds
     >>> attribute_kinds(["wood", "big", "open"], "door")
     {'material': 'wooden', 'size': 'big', 'state': 'open'}
     >>> attribute_kinds(["metal", "wooden", "short"], "door")
@@ -128,7 +128,7 @@ def attribute_kinds(words: Sequence[str], noun: str) -> dict[str, str]:
 def opposite(kind: str, value: str, noun: str) -> str | None:
     """Return the value that is false where `value` is true; None for exclusive sets, whose other values are all false.
 
-    >>> from concepts.reading.attribute_values import opposite
+    >>> from concepts.reading.exclusive_values import opposite
     >>> opposite("age", "old", "woman"), opposite("age", "old", "car"), opposite("state", "open", "door")
     ('young', 'new', 'closed')
     """
@@ -143,7 +143,7 @@ def opposite(kind: str, value: str, noun: str) -> str | None:
 def alternatives(kind: str, value: str, noun: str) -> tuple[str, ...]:
     """Return the values that are false where `value` is true.
 
-    >>> from concepts.reading.attribute_values import alternatives
+    >>> from concepts.reading.exclusive_values import alternatives
     >>> alternatives("shape", "round", "table")
     ('square', 'rectangular', 'triangular', 'oval')
     """

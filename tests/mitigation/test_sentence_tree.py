@@ -12,7 +12,7 @@ import groundscope as gs
 from groundscope.core.errors import ConfigError, DataError, ModelError
 from lvlm import Lvlm
 from mitigation.self_judgment import EMBEDDED_TEMPLATE, Judge, ScoredAnswer, SentenceTree, grow_tree, judged_preferences
-from mitigation.self_judgment.dsr import select_paths
+from mitigation.self_judgment.sentence_tree import select_paths
 from tests.toys.decoding_oracle import double_model
 from tests.toys.examples import example
 from tests.toys.judge_oracle import naive_score
