@@ -59,7 +59,14 @@ def check_profiles(profiles: Mapping[str, Profile] | None) -> dict[str, Profile]
 
 
 def named_profiles(names: list[str] | None) -> dict[str, Profile] | None:
-    """Return profiles by their names; raises `ConfigError` for an unknown one."""
+    """Return profiles by their names, None for None; raises `ConfigError` for an unknown one.
+
+    Examples
+    --------
+    >>> from behavior.card import named_profiles
+    >>> list(named_profiles(["driving", "uniform"]))
+    ['driving', 'uniform']
+    """
     for name in names or ():
         if name not in PROFILES:
             msg = f"unknown profile '{name}'; choose from {', '.join(PROFILES)}{nearest(name, PROFILES)}"

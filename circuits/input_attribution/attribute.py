@@ -277,7 +277,15 @@ def _option_texts(
 
 
 def sample_texts(texts: Sequence[str], seed: int, number: int) -> tuple[str, ...]:
-    """Return at most `NEUTRAL_QUESTIONS` random texts, the same for the same seed and number of the example."""
+    """Return at most `NEUTRAL_QUESTIONS` random texts, the same for the same seed and number of the example.
+
+    Examples
+    --------
+    >>> from circuits.input_attribution import sample_texts
+    >>> texts = ("a", "b", "c")
+    >>> sorted(sample_texts(texts, seed=0, number=1)), sample_texts(texts, 0, 1) == sample_texts(texts, 0, 1)
+    (['a', 'b', 'c'], True)
+    """
     order = np.random.Generator(np.random.PCG64([seed, number])).permutation(len(texts))
     return tuple(texts[int(k)] for k in order[:NEUTRAL_QUESTIONS])
 

@@ -2,7 +2,6 @@
 
 from .detector import ALPHAS, DetectorResult, DetectorRow, detect
 from .dsgd import CHOICES, SelfJudgmentDecoding
-from .dsr import ScoredAnswer, SentenceTree, grow_tree, judged_preferences
 from .fgsd import (
     HARM_TEMPLATE,
     HarmRefusal,
@@ -14,6 +13,7 @@ from .fgsd import (
     refusal_rates,
 )
 from .judge import EMBEDDED_TEMPLATE, PAPER_TEMPLATE, Judge, Judgments, judge_sentences
+from .sentence_tree import ScoredAnswer, SentenceTree, grow_tree, judged_preferences
 
 __all__ = [
     "ALPHAS",
