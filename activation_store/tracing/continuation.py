@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
+from concepts.schema import Example
 from groundscope.core.errors import ConfigError, DataError
 from lvlm.answer_keys import answer_tokens
 from lvlm.encoding.continued_inputs import append_tokens
@@ -15,6 +16,9 @@ from lvlm.generation import greedy
 from lvlm.model import Batch, Lvlm
 from lvlm.token_map import TokenMap
 from lvlm.token_selection import TokenSelection
+
+if TYPE_CHECKING:
+    from lvlm.decoding.prefix_run import PrefixBatch
 
 Continuation = Literal["", "generated", "answer"]
 """What follows the prompt: nothing, the model's own answer, or the true one."""
@@ -25,24 +29,28 @@ class ContinuedBatch:
     """A batch whose rows continue after the prompt."""
 
     inputs: dict[str, Tensor]
+    """Empty for rows with shared prefixes, whose inputs are those of `rows` after them."""
     tokens: tuple[TokenMap, ...]
     """Token maps that include the tokens of the answers."""
     extra: int
     """Number of positions after the prompt, the same for all rows; shorter answers are padded, and padding is never read."""
     texts: tuple[str, ...]
     """The answers as text."""
+    rows: tuple[tuple[int, ...], ...] = ()
+    """The tokens of the answers, with their padding."""
 
 
-def append_generated(model: Lvlm, batch: Batch, steps: int) -> ContinuedBatch:
+def append_generated(model: Lvlm, batch: Batch | PrefixBatch, steps: int) -> ContinuedBatch:
     """Decode an answer of at most `steps` tokens greedily, and return the inputs with the answers appended.
 
     An answer excludes its end token: a row that ends early has fewer tokens, one that ends at once has none.
     """
-    answers = greedy(model, batch.inputs, steps, images=batch.images)
+    whole = isinstance(batch, Batch)
+    answers = greedy(model, batch.inputs, steps, images=batch.images) if whole else batch.generate(steps)
     return _append_tokens(model, batch, answers)
 
 
-def append_answers(model: Lvlm, batch: Batch) -> ContinuedBatch:
+def append_answers(model: Lvlm, batch: Batch | PrefixBatch) -> ContinuedBatch:
     """Return the inputs with each example's true answer appended to its prompt and prefix.
 
     Raises
@@ -64,20 +72,23 @@ def append_answers(model: Lvlm, batch: Batch) -> ContinuedBatch:
     return _append_tokens(model, batch, answers)
 
 
-def _append_tokens(model: Lvlm, batch: Batch, answers: Sequence[list[int]]) -> ContinuedBatch:
+def longest_answer(model: Lvlm, examples: Sequence[Example]) -> int:
+    """Return the largest number of tokens of the true answers."""
+    return max(len(answer_tokens(model, e, e.answer)) for e in examples)
+
+
+def _append_tokens(model: Lvlm, batch: Batch | PrefixBatch, answers: Sequence[list[int]]) -> ContinuedBatch:
     extra = max(len(a) for a in answers)
     tokenizer = model.processor.tokenizer
     fill = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
-    name = "decoder_input_ids" if model.encoder_decoder else "input_ids"
     rows = [[*a, *[fill] * (extra - len(a))] for a in answers]
-    inputs = append_tokens(model, batch.inputs, rows)
-    length = batch.inputs[name].shape[1]
+    inputs = append_tokens(model, batch.inputs, rows) if isinstance(batch, Batch) else {}
     maps = tuple(
-        replace(e.tokens, generated=tuple(range(length, length + len(a))))
+        replace(e.tokens, generated=tuple(range(e.tokens.length, e.tokens.length + len(a))))
         for e, a in zip(batch.encodings, answers, strict=True)
     )
     texts: list[Any] = [tokenizer.decode(a, skip_special_tokens=True).strip() for a in answers]
-    return ContinuedBatch(inputs, maps, extra, tuple(texts))
+    return ContinuedBatch(inputs, maps, extra, tuple(texts), tuple(map(tuple, rows)))
 
 
 def choose_continuation(tokens: Sequence[str], generate: int) -> Continuation:

@@ -63,7 +63,14 @@ _PACKAGES = ("groundscope", "torch", "transformers", "nnsight", "numpy", "h5py")
 
 
 def describe(
-    model: Lvlm, data: ConceptDataset, plan: Plan, batch_size: int, *, answers: bool, generate: int = 0
+    model: Lvlm,
+    data: ConceptDataset,
+    plan: Plan,
+    batch_size: int,
+    *,
+    answers: bool,
+    generate: int = 0,
+    shared: bool = False,
 ) -> dict[str, Any]:
     """Return the provenance of a store: JSON values, equal for equal stores except for ``environment``.
 
@@ -77,6 +84,8 @@ def describe(
         Whether the model's own answers are recorded.
     generate
         Maximum number of tokens of a generated answer; 0 for no generation.
+    shared
+        Whether examples about one image share the run of their prefix; recorded as part of the environment.
     """
     selections = dict.fromkeys(s for group in plan.selections.values() for s in group)
     stacks = {s: sorted(stack for stack, group in plan.selections.items() if s in group) for s in selections}
@@ -125,6 +134,7 @@ def describe(
             "packages": {name: _installed(name) for name in _PACKAGES},
             "device": str(model.device),
             "batch_size": batch_size,
+            **({"prefixes": "shared"} if shared else {}),
         },
     }
 

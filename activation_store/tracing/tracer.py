@@ -30,10 +30,12 @@ from activation_store.tracing.continuation import (
     append_answers,
     append_generated,
     choose_continuation,
+    longest_answer,
 )
 from activation_store.tracing.example_table import build_row, build_spans, check_answers, has_answers
 from activation_store.tracing.inputs import check_images, encode_first, unreadable_images
 from activation_store.tracing.mention_tokens import MentionTokens, build_mentions, check_mentions
+from activation_store.tracing.module_values import check_width, raw_value
 from activation_store.tracing.plan import (
     Plan,
     Read,
@@ -46,17 +48,19 @@ from activation_store.tracing.plan import (
     token_offsets,
 )
 from activation_store.tracing.provenance import check_hooks, describe, read_unembedding
+from activation_store.tracing.shared_forward import SharedForward, shares_prefixes, trace_batches
 from activation_store.writing.writer import StoreWriter
 from concepts.schema import ConceptDataset, Example
-from groundscope.core.errors import ConfigError, DataError, SiteError, StoreError
+from groundscope.core.errors import ConfigError, DataError, StoreError
 from groundscope.core.files import explained
 from groundscope.core.locks import acquire
 from groundscope.core.progress import step_bar
 from groundscope.core.text import nearest
 from lvlm.access.eager_attention import warn_of_eager
-from lvlm.access.hook_point import HookPoint, first_name
+from lvlm.access.hook_point import HookPoint
 from lvlm.access.weights import device_of
 from lvlm.answer_keys import check_prefixes
+from lvlm.decoding.prefix_run import PrefixBatch
 from lvlm.model import Batch, Lvlm
 from lvlm.sites import Site
 
@@ -115,7 +119,9 @@ def trace(
     out
         Folder of the store.
     batch_size
-        Maximum number of examples per forward pass; only examples of equal token length share one, without padding.
+        Maximum number of examples per forward pass. Examples of one chunk that are about one image share the run of the image and
+        of all tokens before the first that differs, where that is exact (`lvlm.prefix_groups.unshared_because`); otherwise only
+        examples of equal token length share a forward pass, without padding.
     dtype
         Storage dtype: ``float32``, ``float16`` or ``bfloat16``.
     heads
@@ -216,14 +222,17 @@ def trace(
         if continuation:  # the plan needs only the fact that an answer follows, not its positions
             first = replace(first, tokens=replace(first.tokens, generated=()))
         plan = make_plan(model, first, sites, tokens, dtype, heads, reduce)
-    provenance = describe(model, data, plan, batch_size, answers=answers, generate=generate)
+    with _FORWARD:
+        shared = shares_prefixes(model, readable, plan)
+    provenance = describe(model, data, plan, batch_size, answers=answers, generate=generate, shared=shared)
     if skipped:
         provenance["skipped"] = skipped
     folder = Path(out)
     if force:
         _clear(folder)
     check_hooks(model, folder, workers)
-    run = Tracer.begin(model, data, plan, batch_size, answers=answers, continuation=continuation, steps=generate)
+    options: dict[str, Any] = {"continuation": continuation, "steps": generate, "shared": shared}
+    run = Tracer.begin(model, data, plan, batch_size, answers=answers, **options)
     size = chunk_batches(plan, first.tokens, batch_size) * batch_size
     chunks = -(-len(readable) // size)
     first_row, stop_row = (
@@ -290,6 +299,8 @@ class Tracer:
     """Whether tokens of mentions are read; the table then has the columns ``mention:…``."""
     reduced: Mapping[tuple[Site, str], tuple[tuple[Key, Callable[[Tensor], Tensor]], ...]] = field(default_factory=dict)
     """For a site and a token selection, the arrays of its reductions and the functions that compute them."""
+    shared: bool = False
+    """Whether examples of a chunk that are about one image share the run of their prefix."""
 
     @property
     def widths(self) -> dict[Key, int]:
@@ -308,6 +319,7 @@ class Tracer:
         answers: bool,
         continuation: Continuation = "",
         steps: int = 0,
+        shared: bool = False,
     ) -> Tracer:
         """Wrap a model with nnsight; its modules stay the same objects, with the same results."""
         with warnings.catch_warnings():
@@ -321,7 +333,7 @@ class Tracer:
         prefixes = any(example.prefix for example in data)
         mentions = any(s.role == "mention" for selections in plan.selections.values() for s in selections)
         options: dict[str, Any] = {"continuation": continuation, "steps": steps, "prefixes": prefixes}
-        options |= {"mentions": mentions, "reduced": _prepared(model, plan)}
+        options |= {"mentions": mentions, "reduced": _prepared(model, plan), "shared": shared}
         return cls(model, wrapper, reads, plan, batch_size, concepts, answers, **options)
 
     def chunk(
@@ -337,7 +349,11 @@ class Tracer:
         parts: dict[Key, list[np.ndarray]] = {a.key: [np.empty(0)] * n for a in infos if a.ragged}
         order: list[int] = []
         columns: dict[str, list[Any]] = {}
-        for batch in self.model.batches(examples, self.batch_size):
+        size = self.batch_size
+        extra = self.steps or (longest_answer(self.model, examples) if self.continuation else 0)
+        plain = self.model.batches
+        batches = trace_batches(self.model, examples, size, extra) if self.shared else plain(examples, size)
+        for batch in batches:
             values, table = self.batch(batch)
             for key, value in values.items():
                 if isinstance(value, Ragged):
@@ -353,7 +369,7 @@ class Tracer:
         ragged = {key: Ragged.of(parts.pop(key)) for key in list(parts)}
         return {**arrays, **ragged}, {name: [column[i] for i in original_order] for name, column in columns.items()}
 
-    def batch(self, batch: Batch) -> tuple[dict[Key, np.ndarray | Ragged], dict[str, list[Any]]]:
+    def batch(self, batch: Batch | PrefixBatch) -> tuple[dict[Key, np.ndarray | Ragged], dict[str, list[Any]]]:
         """Run one batch; return its arrays ``[B, L, D]`` (or ragged) and table columns."""
         on = None
         if self.continuation:
@@ -361,8 +377,11 @@ class Tracer:
                 on = (
                     append_generated(self.model, batch, self.steps) if self.steps else append_answers(self.model, batch)
                 )
-        with self.model.reading_answers(batch.encodings[0].tokens.length if on else None):
-            values, logits, log_p = self.forward(batch, on)
+        if isinstance(batch, PrefixBatch):
+            values, logits, log_p = self.forward_shared(batch, on)
+        else:
+            with self.model.reading_answers(batch.encodings[0].tokens.length if on else None):
+                values, logits, log_p = self.forward(batch, on)
         maps = on.tokens if on else tuple(e.tokens for e in batch.encodings)
         arrays: dict[Key, np.ndarray | Ragged] = {key: value.float().cpu().numpy() for key, value in values.items()}
         for a in self.plan.schema.arrays:
@@ -385,6 +404,15 @@ class Tracer:
         if on and self.steps:
             rows = [{**fields, "generated": text} for fields, text in zip(rows, on.texts, strict=True)]
         return arrays, {name: [fields[name] for fields in rows] for name in rows[0]}
+
+    def forward_shared(
+        self, batch: PrefixBatch, on: ContinuedBatch | None
+    ) -> tuple[dict[Key, Tensor], Tensor | None, list[list[float]]]:
+        """Run one batch of rows with shared prefixes; return what `forward` returns."""
+        maps = on.tokens if on else tuple(e.tokens for e in batch.encodings)
+        answered = self.answers and any(has_answers(e.example) for e in batch.encodings)
+        vectors, logits = SharedForward(self, batch, _FORWARD).run(maps, on, needs_logits=answered)
+        return vectors, logits, [[] for _ in maps]
 
     @torch.no_grad()
     def forward(
@@ -421,7 +449,7 @@ class Tracer:
                     key = (site.stack, component, selection)
                     selected = reduce(x)
                     if key in widths:
-                        _check_width(site, x, widths[key], batch)
+                        check_width(site, x, widths[key], batch)
                         vectors[key][site.layer] = selected if columns[key] is None else selected[..., columns[key]]
                     for reduced_key, values in self.reduced.get((site, selection), ()):
                         vectors[reduced_key][site.layer] = values(selected)
@@ -443,7 +471,7 @@ class Tracer:
             # tensor. Results are stored in containers created outside, because names bound inside are not visible outside.
             with self.wrapper.trace(**inputs, use_cache=False, **less) as tracer:
                 for view, reads in reached:
-                    keep(reads, _raw(view, reads[0].place.side))
+                    keep(reads, raw_value(view, reads[0].place.side))
                 if needs_logits:
                     logits.append(self.wrapper.output.logits[:, -1 - extra])
                     if written is not None:
@@ -482,14 +510,6 @@ class _NnsightWrapper(NNsight):
     def device(self) -> torch.device:
         """Device of the inputs."""
         return device_of(self._module)
-
-
-def _raw(view: Any, side: str) -> Any:
-    """Return a module's input or output inside a trace, as `lvlm.access.hook_point.HookPoint` requires it."""
-    if side == "input":
-        args, kwargs = view.inputs
-        return args[0] if args else kwargs[first_name(kwargs)]
-    return view.output
 
 
 def _group_by_tensor(reads: Sequence[Read]) -> list[tuple[HookPoint, list[Read]]]:
@@ -531,15 +551,6 @@ def _no_vectors(array: ArrayInfo, rows: int) -> Tensor:
     if array.ragged:
         return torch.empty((0, array.n_layers, array.width), dtype=torch.float32)
     return torch.full((rows, array.n_layers, array.width), torch.nan)
-
-
-def _check_width(site: Site, x: Tensor, width: int, batch: Batch) -> None:
-    if x.shape[-1] != width:
-        msg = (
-            f"site '{site}' has {x.shape[-1]} values for example '{batch.encodings[0].example.id}' and {width} for the "
-            "first: a pattern can be stored only for examples of equal length; trace examples of equal length"
-        )
-        raise SiteError(msg)
 
 
 def _clear(folder: Path) -> None:

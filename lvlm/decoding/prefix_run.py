@@ -109,6 +109,10 @@ class PrefixBatch:
             self._earlier = None  # so that the prefixes of the batches before are freed
         return self._prefixes
 
+    def store(self, prefixes: dict[Any, Prefix]) -> None:
+        """Set the prefixes, from a run of the caller's own (`run_prefix`, `split`)."""
+        self._prefixes, self._earlier = prefixes, None
+
     @property
     def width(self) -> int:
         """Number of columns of the longest prefix."""
