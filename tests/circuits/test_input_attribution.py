@@ -269,7 +269,7 @@ def test_summary_frame_and_file(tmp_path: Path) -> None:
         ({"neutral_images": ("mask",)}, ConfigError, "'mask'"),
         ({"neutral_images": ()}, ConfigError, "choose from"),
         ({"orders": 1}, ConfigError, "orders=1"),
-        ({"neutral_questions": ["Is it?"]}, PatchError, "questions of its length"),
+        ({"neutral_questions": ["Is it?"]}, PatchError, "a question of its length"),
     ],
 )
 def test_a_mistake_is_named(options: dict[str, object], error: type[Exception], match: str) -> None:
