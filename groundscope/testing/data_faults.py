@@ -198,4 +198,4 @@ def _png(image: Image.Image, name: str) -> BytesImage:
 def _jpeg(image: Image.Image, quality: int) -> Image.Image:
     data = io.BytesIO()
     image.save(data, format="JPEG", quality=quality)
-    return Image.open(data).convert("RGB")
+    return BytesImage(data.getvalue(), "JPEG").load()

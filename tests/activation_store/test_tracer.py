@@ -32,6 +32,7 @@ from tests.toys.tracing import (
     VISION_LAYERS,
     assert_same_bytes,
     counted,
+    has_sealed_shard,
     hooked,
     of_one_length,
     patches_of,
@@ -274,7 +275,7 @@ def test_a_failed_trace_resumes_to_the_same_store(
 
     def fail() -> None:
         calls.append(1)
-        if any((tmp_path / "broken").glob("shard-?-?????.h5")) if sealed else len(calls) == 2:
+        if has_sealed_shard(tmp_path / "broken", len(calls)) if sealed else len(calls) == 2:
             message = "out of memory"
             raise RuntimeError(message)
 
@@ -291,7 +292,7 @@ def test_a_failed_trace_resumes_to_the_same_store(
 
 def test_a_killed_trace_resumes_to_the_same_store(model: Lvlm, data: ConceptDataset, tmp_path: Path) -> None:
     code = f"""
-import os, signal, sys
+import os, signal, sys, time
 from pathlib import Path
 from activation_store import trace
 from concepts import scenes
@@ -300,10 +301,17 @@ from lvlm.active_interventions import mark_observer
 from lvlm.tiny.architecture import build_model, build_processor
 
 model = wrap_lvlm(build_model(), build_processor(), name="random")
+calls = []
 
 def die(*_):
-    if any(Path(sys.argv[1]).glob("shard-?-?????.h5")):
-        os.kill(os.getpid(), signal.SIGKILL)
+    folder = Path(sys.argv[1])
+    calls.append(folder.exists())
+    end = time.monotonic() + (5 if sum(calls) > 24 else 0)  # in the second chunk: the writer seals the first
+    while not any(folder.glob("shard-?-?????.h5")):
+        if time.monotonic() > end:
+            return
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 model.hf.register_forward_pre_hook(mark_observer(die))
 trace(model, scenes.dataset(n_images=10, seed=0), out=sys.argv[1], shard_size=10, **{ASKED!r})

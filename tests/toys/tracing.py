@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,6 +60,16 @@ def hooked(model: Lvlm, see: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def has_sealed_shard(folder: Path, passes: int) -> bool:
+    """Whether a store that is being written has a sealed shard; in the second chunk, its writer has time to seal the first."""
+    end = time.monotonic() + (5 if passes > 24 else 0)
+    while not any(folder.glob("shard-?-?????.h5")):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.01)
+    return True
 
 
 @contextmanager
