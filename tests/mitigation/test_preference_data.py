@@ -64,7 +64,7 @@ def test_ids_are_unique_and_the_digest_depends_on_every_field() -> None:
 def test_the_repr_is_short(n: int) -> None:
     text = repr(preferences(n))
     assert len(text.splitlines()) <= 5
-    assert f"{n} pairs" in text
+    assert f"{n} pair{'s' * (n != 1)}," in text
 
 
 @pytest.mark.parametrize("seed", range(4))
