@@ -63,8 +63,8 @@ def trace_batches(model: Lvlm, examples: Sequence[Example], size: int, extra: in
 class SharedForward:
     """The two forward passes of one batch: `run_prefix`, then `run_tails`."""
 
-    def __init__(self, tracer: Tracer, batch: PrefixBatch, lock: Any) -> None:
-        self._tracer, self._batch, self._lock = tracer, batch, lock
+    def __init__(self, tracer: Tracer, batch: PrefixBatch) -> None:
+        self._tracer, self._batch = tracer, batch
         self._vectors: dict[Key, dict[int, Tensor]] = {a.key: {} for a in tracer.plan.schema.arrays}
         self._columns = {a.key: tracer.plan.columns(a) for a in tracer.plan.schema.arrays}
         self._widths = tracer.widths
@@ -103,7 +103,6 @@ class SharedForward:
         def forward(values: Mapping[str, Tensor], past: Any) -> None:
             with ExitStack() as stack:
                 calls = self._calls(stack, reached)
-                stack.enter_context(self._lock)
                 less = stack.enter_context(tracer.model.last_logits(1))
                 options = {"use_cache": True, "past_key_values": past, **less}
                 with tracer.wrapper.trace(**values, **options) as invoker:
@@ -138,7 +137,6 @@ class SharedForward:
         logits: list[Tensor] = []
         with ExitStack() as stack:
             calls = self._calls(stack, reached)
-            stack.enter_context(self._lock)
             stack.enter_context(tracer.model.reading_answers(batch.width + batch.tail))
             less = stack.enter_context(tracer.model.last_logits(extra + 1))
             with tracer.wrapper.trace(**inputs, use_cache=True, **less) as invoker:

@@ -372,16 +372,17 @@ class Tracer:
     def batch(self, batch: Batch | PrefixBatch) -> tuple[dict[Key, np.ndarray | Ragged], dict[str, list[Any]]]:
         """Run one batch; return its arrays ``[B, L, D]`` (or ragged) and table columns."""
         on = None
-        if self.continuation:
-            with _FORWARD:
+        # Hooks and settings of the model are those of one batch at a time, too.
+        with _FORWARD:
+            if self.continuation:
                 on = (
                     append_generated(self.model, batch, self.steps) if self.steps else append_answers(self.model, batch)
                 )
-        if isinstance(batch, PrefixBatch):
-            values, logits, log_p = self.forward_shared(batch, on)
-        else:
-            with self.model.reading_answers(batch.encodings[0].tokens.length if on else None):
-                values, logits, log_p = self.forward(batch, on)
+            if isinstance(batch, PrefixBatch):
+                values, logits, log_p = self.forward_shared(batch, on)
+            else:
+                with self.model.reading_answers(batch.encodings[0].tokens.length if on else None):
+                    values, logits, log_p = self.forward(batch, on)
         maps = on.tokens if on else tuple(e.tokens for e in batch.encodings)
         arrays: dict[Key, np.ndarray | Ragged] = {key: value.float().cpu().numpy() for key, value in values.items()}
         for a in self.plan.schema.arrays:
@@ -411,7 +412,7 @@ class Tracer:
         """Run one batch of rows with shared prefixes; return what `forward` returns."""
         maps = on.tokens if on else tuple(e.tokens for e in batch.encodings)
         answered = self.answers and any(has_answers(e.example) for e in batch.encodings)
-        vectors, logits = SharedForward(self, batch, _FORWARD).run(maps, on, needs_logits=answered)
+        vectors, logits = SharedForward(self, batch).run(maps, on, needs_logits=answered)
         return vectors, logits, [[] for _ in maps]
 
     @torch.no_grad()
@@ -465,7 +466,6 @@ class Tracer:
                     stack.callback(handles.remove)
             if any(read.site.component == "pattern" for read in self.plan.reads):
                 stack.enter_context(self.model.eager())
-            stack.enter_context(_FORWARD)
             less = stack.enter_context(self.model.last_logits(max(extra + 1, written.keep if written else 0)))
             # The same call as `Lvlm.logits`. nnsight runs this body in step with the forward pass: each read waits for its
             # tensor. Results are stored in containers created outside, because names bound inside are not visible outside.

@@ -97,7 +97,7 @@ def test_a_receipt_names_files_of_its_folder_only(received: Path, tmp_path: Path
     assert (tmp_path / "id_rsa").read_text() == "key"
     status, output, _ = command("status")
     assert status == 0
-    assert "is not a name below" in output
+    assert "is not a name below" in " ".join(output.split())  # the table wraps long paths
 
 
 def test_another_runs_receipt_overwrites_nothing(finished_folder: Path, tmp_path: Path, command: Command) -> None:

@@ -155,7 +155,7 @@ def test_controls_that_do_not_fit_a_method_are_refused_before_work() -> None:
         RandomLayers(VCD()).check(lvlm)
     with pytest.raises(ConfigError, match="DeCo acts on no heads of its own choice"):
         RandomHeads(DeCo()).check(lvlm)
-    with pytest.raises(ModelError, match=r"random layers in DeCo \(layers=\(0, 1, 2, 3\)\): 4 of 6 layers"):
+    with pytest.raises(ModelError, match=r"DeCo \(layers=\(0, 1, 2, 3\)\): the control needs 4 other layers, .* only 6 in all"):
         RandomLayers(DeCo(layers=(0, 1, 2, 3))).check(lvlm)
 
 
