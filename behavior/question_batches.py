@@ -87,15 +87,15 @@ def question_batches(
     >>> sorted(i for batch in batches for i in batch.index) == list(range(len(data)))
     True
     """
-    together = tuple(name for name in conditions if name in sharing)
-    apart = tuple(name for name in conditions if name not in sharing)
-    if together:
+    sharing_prefixes = tuple(name for name in conditions if name in sharing)
+    on_whole_prompts = tuple(name for name in conditions if name not in sharing)
+    if sharing_prefixes:
         groups = PrefixGroups(model, examples, size, extra)
         for batch in prefix_batches(model, groups):
-            yield QuestionBatch(batch, batch.index, together)
+            yield QuestionBatch(batch, batch.index, sharing_prefixes)
         others = groups.others()
         for batch in model.batches([examples[i] for i in others], size, in_order=False):
-            yield QuestionBatch(batch, tuple(others[i] for i in batch.index), together)
-    if apart:
+            yield QuestionBatch(batch, tuple(others[i] for i in batch.index), sharing_prefixes)
+    if on_whole_prompts:
         for batch in model.batches(examples, size, in_order=False):
-            yield QuestionBatch(batch, batch.index, apart)
+            yield QuestionBatch(batch, batch.index, on_whole_prompts)

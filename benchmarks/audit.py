@@ -45,9 +45,11 @@ def main() -> None:
                 counts[cause] = [a + b for a, b in zip(counts[cause], numbers, strict=True)]
             advance()
     figures: dict[str, Figure] = {}
-    for cause, (both, found, planted, total) in counts.items():
+    for cause, (both, n_reported, planted, total) in counts.items():
         name = cause.replace(" ", "_")
-        figures[f"{name}_precision"] = figure(both / max(found, 1), ">= .9", found, base=round(planted / total, 3))
+        figures[f"{name}_precision"] = figure(
+            both / max(n_reported, 1), ">= .9", n_reported, base=round(planted / total, 3)
+        )
         figures[f"{name}_recall"] = figure(both / max(planted, 1), ">= .8", planted)
     print_figures(figures, "Planted faults (synthetic)")
     finish("audit", describe_device("scikit-image"), figures, save=options.save)
@@ -56,19 +58,19 @@ def main() -> None:
 def run(seed: int, images: int) -> dict[str, tuple[int, int, int, int]]:
     """Return for each fault: found and planted, found, planted, all."""
     with tempfile.TemporaryDirectory() as folder:
-        drawn = scenes.dataset(images, seed=seed).filter(lambda e: e.split != "conflict")
-        data = save_composites(drawn, folder, gray_share=0.3, seed=seed)
+        icon_scenes = scenes.dataset(images, seed=seed).filter(lambda e: e.split != "conflict")
+        data = save_composites(icon_scenes, folder, gray_share=0.3, seed=seed)
         faults = plant_data_faults(data, share=0.08, seed=seed)
-        found = audit(faults.data, causes=list(faults.examples))
+        audited = audit(faults.data, causes=list(faults.examples))
         groups = {e.id: e.group for e in faults.data}
         result = {}
         for cause, planted in faults.examples.items():
-            reported = found.cause(cause).examples
+            reported = audited.cause(cause).examples
             if cause in IMAGE_FAULTS:
                 planted, reported = ({groups[name] for name in names} for names in (planted, reported))
             elif cause != "swapped captions":  # a finding names both statements; the added one is the planted one
-                reported = {n for f in found.cause(cause).findings for n in f.examples if n in planted} | {
-                    f.examples[0] for f in found.cause(cause).findings if not planted & set(f.examples)
+                reported = {n for f in audited.cause(cause).findings for n in f.examples if n in planted} | {
+                    f.examples[0] for f in audited.cause(cause).findings if not planted & set(f.examples)
                 }
             total = len(set(groups.values())) if cause in IMAGE_FAULTS else len(groups)
             result[cause] = (len(planted & reported), len(reported), len(planted), total)

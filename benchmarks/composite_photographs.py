@@ -59,10 +59,10 @@ def main() -> None:
     console, start = wide_console(), time.perf_counter()
     console.print("Icons on real photographs against drawn scenes. Objects are synthetic, backgrounds are photographs.")
     model = load_lvlm("tiny")
-    drawn = scenes.dataset(8 * n_pairs, seed=0)
+    drawn_scenes = scenes.dataset(8 * n_pairs, seed=0)
     own = {}
     for kind in KINDS:
-        of_kind = drawn.filter(about_sides) if kind == "relation" else drawn
+        of_kind = drawn_scenes.filter(about_sides) if kind == "relation" else drawn_scenes
         own[kind] = patch_heads(model, counterfactuals.balanced_pairs(of_kind, kind, limit=2 * n_pairs))
     icon_scenes = scenes.dataset(n_scenes, seed=1)
     figures: dict[str, Any] = {}

@@ -15,7 +15,7 @@ difference_NAME
     no mask, so that prompts attend to later tokens.
 
 mitigv 0.1.7 looks for the decoder's layers in ``model.language_model`` and in ``model.model.language_model``. Its adapter has the
-attribute ``model`` of its own, and the LLaVA of transformers 5 only the second path, so PAI, ONLY and OPERA end with an error;
+own attribute ``model``, and the LLaVA of transformers 5 only the second path, so PAI, ONLY and OPERA end with an error;
 this script sets the first attribute on the adapter.
 """
 

@@ -162,13 +162,13 @@ def drawn_agreement(
     """Return the agreement of drawn pairs for the same questions with the scenes and with the photographs."""
     names = set(scores.ids)
     pairs = counterfactuals.pairs(other.filter(lambda e: e.id in names), kind)
-    drawn = patch_heads(model, pairs)
-    same = scores.select(np.isin(scores.ids, drawn.ids))
+    drawn_scores = patch_heads(model, pairs)
+    same = scores.select(np.isin(scores.ids, drawn_scores.ids))
     best = own.top(1)[0]
     return {
-        "drawn, same questions": round(compare(own, drawn, k=(5,)).rank_correlation.value, 3),
-        "photographs against drawn": round(compare(drawn, same, k=(5,)).rank_correlation.value, 3),
-        "first head, drawn": round(float(drawn.mean[best.layer, best.head]), 3),
+        "drawn, same questions": round(compare(own, drawn_scores, k=(5,)).rank_correlation.value, 3),
+        "photographs against drawn": round(compare(drawn_scores, same, k=(5,)).rank_correlation.value, 3),
+        "first head, drawn": round(float(drawn_scores.mean[best.layer, best.head]), 3),
     }
 
 

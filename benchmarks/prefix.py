@@ -96,7 +96,7 @@ def main() -> None:
             torch.cuda.synchronize(args.device)
         return clock() - start, result
 
-    def asked(size: int, *, share: bool) -> Any:
+    def ask(size: int, *, share: bool) -> Any:
         if share:
             return answer(model, data, batch_size=size, progress=False)
         with unshared(model):
@@ -111,7 +111,7 @@ def main() -> None:
                 return read_all(trace(model, data, SITES, TOKENS, Path(folder) / "store", **options))
 
     figures: dict[str, Any] = {}
-    works = {"answering": (asked, ">= 3.5"), "tracing": (traced, ">= 2.5")}
+    works = {"answering": (ask, ">= 3.5"), "tracing": (traced, ">= 2.5")}
     with progress("prefix", len(works) * (repetitions + 1) * 3) as advance:
         for name, (work, goal) in works.items():
             times: dict[str, list[float]] = {"single": [], "batched": [], "shared": []}

@@ -1,4 +1,4 @@
-"""Benchmarks in their released files: questions, answer files and verdict files read as they are, scored by the released rule.
+"""Released benchmarks: question, answer and verdict files in their released layout, scored by the released rule.
 
 One module for each benchmark, whose docstring lists what its release does and the variants; `BENCHMARKS` is open
 (`register`, entry points of group ``groundscope.benchmarks``), and so are the formats of answer files

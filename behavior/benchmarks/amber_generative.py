@@ -93,9 +93,9 @@ def count_mentions(
     expected_words, expected_places = _places(expected, relation)
     covered: set[int] = set()
     hit: set[int] = set()
-    kept = [noun for noun in nouns if noun in vocabulary]
+    in_vocabulary = [noun for noun in nouns if noun in vocabulary]
     hallucinated = 0
-    for noun in kept:
+    for noun in in_vocabulary:
         if noun in safe:
             continue
         if noun in true_words:
@@ -111,7 +111,7 @@ def count_mentions(
             covered.add(true_places[near])
             continue
         hallucinated += 1
-    return Mentions(len(kept), hallucinated, len(covered), len(hit), len(true), len(expected))
+    return Mentions(len(in_vocabulary), hallucinated, len(covered), len(hit), len(true), len(expected))
 
 
 def _places(words: Sequence[str], relation: Mapping[str, Sequence[str]]) -> tuple[list[str], list[int]]:

@@ -141,16 +141,16 @@ def _score(scoring: Scoring) -> BenchmarkScore:
     groups = groups_of(rows)
     brackets = [set(re.findall(r"\[(.*?)\]", r.text)) for r in rows]
     named = [r.verdict.objects for r in rows]
-    together = [len(objects | extra) for objects, extra in zip(named, brackets, strict=True)]
+    named_counts = [len(objects | extra) for objects, extra in zip(named, brackets, strict=True)]
     invented = [len(r.verdict.hallucinated) for r in rows]
     wrong = [count > 0 for count in invented]
     figures = {
         "CHAIRs": share(wrong, groups),
-        "CHAIRi": raw_ratio(invented, together, groups),
+        "CHAIRi": raw_ratio(invented, named_counts, groups),
         "CHAIRi_n": raw_ratio(invented, [len(objects) for objects in named], groups),
         "words": raw_mean([len(r.text.split(" ")) for r in rows], groups),
         "bracket_objects": raw_mean([len(extra) for extra in brackets], groups),
-        "objects": raw_mean(together, groups),
+        "objects": raw_mean(named_counts, groups),
         "objects_without_brackets": raw_mean([len(objects) for objects in named], groups),
     }
     notes = []

@@ -29,9 +29,9 @@ _TEXTS = ("caption", "text")
 
 def _read_answers(path: Path, files: Mapping[str, Path]) -> list[AnsweredQuestion]:
     rows = records.read_answered(path, _image, _TEXTS)
-    wanted = {r.question.id for r in rows}
-    objects = _objects(files[QUESTIONS], wanted)
-    captions = _captions(files[CAPTIONS], wanted) if CAPTIONS in files else {}
+    image_ids = {r.question.id for r in rows}
+    objects = _objects(files[QUESTIONS], image_ids)
+    captions = _captions(files[CAPTIONS], image_ids) if CAPTIONS in files else {}
     result = []
     for row in rows:
         number = row.question.id
@@ -51,39 +51,39 @@ def _image(_: int, record: Record) -> BenchmarkQuestion:
     return BenchmarkQuestion(number, number, "", "", "caption", where=record.where)
 
 
-def _objects(path: Path, wanted: set[str]) -> dict[str, list[str]]:
+def _objects(path: Path, image_ids: set[str]) -> dict[str, list[str]]:
     """Return the categories of each wanted image."""
     names: dict[str, str] = {}
-    found: dict[str, list[str]] = {}
+    categories_of: dict[str, list[str]] = {}
     categories: dict[str, list[str]] = {}
     for entry in stream(path):
         if entry.key == "images":
             number = entry.record().identifier("id")
-            if number in wanted:
-                found[number] = []
+            if number in image_ids:
+                categories_of[number] = []
         elif entry.key == "categories":
             names[entry.record().identifier("id")] = entry.record().text("name")
         elif entry.key == "annotations":
             record = entry.record()
             number = record.identifier("image_id")
-            if number in wanted:
+            if number in image_ids:
                 categories.setdefault(number, []).append(record.identifier("category_id"))
     for number, ids in categories.items():
         unknown = next((i for i in ids if i not in names), None)
-        if unknown is not None or number not in found:
+        if unknown is not None or number not in categories_of:
             what = f"category {unknown}" if unknown is not None else f"image {number}"
             msg = f"{path}: an annotation is of {what}, which the file does not have"
             raise DataError(msg)
-        found[number] = list(dict.fromkeys(names[i] for i in ids))
-    return found
+        categories_of[number] = list(dict.fromkeys(names[i] for i in ids))
+    return categories_of
 
 
-def _captions(path: Path, wanted: set[str]) -> dict[str, list[str]]:
+def _captions(path: Path, image_ids: set[str]) -> dict[str, list[str]]:
     captions: dict[str, list[str]] = {}
     for entry in stream(path):
         if entry.key == "annotations":
             record = entry.record()
-            if record.identifier("image_id") in wanted:
+            if record.identifier("image_id") in image_ids:
                 captions.setdefault(record.identifier("image_id"), []).append(" ".join(record.text("caption").split()))
     return captions
 

@@ -216,9 +216,9 @@ def _figures(
         hits = [all(ok[r.question.id] for r in group) for group in sets.values()]
         return share(hits, [group[0].question.group for group in sets.values()])
 
-    shown = [r for r in rows if not (r.question.split == "VS" and r.question.fields["figure_id"] == "0")]
-    figure_rows = [[ok[r.question.id] for r in group] for group in grouped(shown, _figure).values()]
-    images = [group[0].question.group for group in grouped(shown, _figure).values()]
+    with_image = [r for r in rows if not (r.question.split == "VS" and r.question.fields["figure_id"] == "0")]
+    figure_rows = [[ok[r.question.id] for r in group] for group in grouped(with_image, _figure).values()]
+    images = [group[0].question.group for group in grouped(with_image, _figure).values()]
     wrong = [(kinds[i], scoring.rows[i].question.group) for i in chosen if kinds[i]]
     errors = [r for r in rows if not ok[r.question.id]]
     figures = {

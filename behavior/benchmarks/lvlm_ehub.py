@@ -119,7 +119,7 @@ def _read(files: Mapping[str, Path]) -> list[BenchmarkQuestion]:
     ]  # fmt: skip
 
 
-def _held(number: int, record: Record) -> BenchmarkQuestion:
+def _question_of_answer(number: int, record: Record) -> BenchmarkQuestion:
     return BenchmarkQuestion(
         str(number),
         Path(record.text("image_path")).name,
@@ -134,7 +134,7 @@ def _held(number: int, record: Record) -> BenchmarkQuestion:
 
 
 def _read_answers(path: Path, _: Mapping[str, Path]) -> list[AnsweredQuestion]:
-    return records.read_answered(path, _held, ("answer",))
+    return records.read_answered(path, _question_of_answer, ("answer",))
 
 
 def _score(scoring: Scoring) -> BenchmarkScore:

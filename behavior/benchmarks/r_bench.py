@@ -154,8 +154,8 @@ def _score(scoring: Scoring) -> BenchmarkScore:
     notes: list[str] = []
     if SUBSETS in scoring.files:
         lists = read_subsets(scoring.files[SUBSETS])
-        known = {q.id for q in scoring.questions}
-        other = next((i for ids in lists for i in ids if i not in known), None)
+        question_ids = {q.id for q in scoring.questions}
+        other = next((i for ids in lists for i in ids if i not in question_ids), None)
         if other is not None:
             msg = (
                 f"{scoring.files[SUBSETS]}: id '{other}' is not in the question file; the lists belong to another file"
@@ -186,30 +186,30 @@ def _score(scoring: Scoring) -> BenchmarkScore:
 
 def _release(rows: Sequence[AnsweredQuestion]) -> dict[str, float]:
     """Return the figures of one list by the released formulas."""
-    said = [pope_release(r.text) == "yes" for r in rows]
+    answered_yes = [pope_release(r.text) == "yes" for r in rows]
     true = [r.question.answer == "yes" for r in rows]
-    hits = sum(s and t for s, t in zip(said, true, strict=True))
-    precision, recall = hits / (sum(said) + _OFFSET), hits / (sum(true) + _OFFSET)
+    hits = sum(s and t for s, t in zip(answered_yes, true, strict=True))
+    precision, recall = hits / (sum(answered_yes) + _OFFSET), hits / (sum(true) + _OFFSET)
     return {
-        "accuracy": sum(s == t for s, t in zip(said, true, strict=True)) / len(rows),
+        "accuracy": sum(s == t for s, t in zip(answered_yes, true, strict=True)) / len(rows),
         "precision": precision,
         "recall": recall,
         "f1": 2 * precision * recall / (precision + recall + _OFFSET),
-        "yes_ratio": sum(said) / len(rows),
+        "yes_ratio": sum(answered_yes) / len(rows),
     }
 
 
 def _estimates(rows: Sequence[AnsweredQuestion], values: Mapping[str, float]) -> dict[str, Estimate]:
-    said = [pope_release(r.text) == "yes" for r in rows]
+    answered_yes = [pope_release(r.text) == "yes" for r in rows]
     true = [r.question.answer == "yes" for r in rows]
-    hits = [s and t for s, t in zip(said, true, strict=True)]
+    hits = [s and t for s, t in zip(answered_yes, true, strict=True)]
     groups = groups_of(rows)
     exact = {
-        "accuracy": share([s == t for s, t in zip(said, true, strict=True)], groups),
-        "precision": share(hits, groups, said),
+        "accuracy": share([s == t for s, t in zip(answered_yes, true, strict=True)], groups),
+        "precision": share(hits, groups, answered_yes),
         "recall": share(hits, groups, true),
-        "f1": share([2 * h for h in hits], groups, [s + t for s, t in zip(said, true, strict=True)]),
-        "yes_ratio": share(said, groups),
+        "f1": share([2 * h for h in hits], groups, [s + t for s, t in zip(answered_yes, true, strict=True)]),
+        "yes_ratio": share(answered_yes, groups),
     }
     return {name: with_value(exact[name], value) for name, value in values.items()}
 

@@ -19,8 +19,8 @@ VERDICT_IDS = ("id", "question_id", "index", "image_id")
 
 def read_questions(path: Path, make: Callable[[int, Record], BenchmarkQuestion | None]) -> list[BenchmarkQuestion]:
     """Return the questions of a file: `make` gets the number of each record, from 0, and the record; None leaves it out."""
-    made = (make(number, record) for number, record in enumerate(read_rows(path)))
-    return [question for question in made if question is not None]
+    parsed = (make(number, record) for number, record in enumerate(read_rows(path)))
+    return [question for question in parsed if question is not None]
 
 
 def read_answered(

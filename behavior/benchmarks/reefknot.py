@@ -96,7 +96,7 @@ def _read_answers(path: Path, _: Mapping[str, Path]) -> list[AnsweredQuestion]:
     return [row for file in _files(path) for row in records.read_answered(file, _question, _TEXT)]
 
 
-def _given(row: AnsweredQuestion) -> str | None:
+def _read_answer(row: AnsweredQuestion) -> str | None:
     if row.question.task == "yes/no":
         return read_yes(row.text)
     return row.text[:1].upper() if row.question.task == "choice" and row.text[:1].upper() in "ABCD" else None
@@ -114,7 +114,7 @@ def _score(scoring: Scoring) -> BenchmarkScore:
     figures = _figures(scoring.rows)
     kinds = sorted({r.question.kind for r in scoring.rows if r.question.kind})
     parts = {kind: _figures([r for r in scoring.rows if r.question.kind == kind]) for kind in kinds}
-    answers = [r.row(_given(r) or None, correct=_is_right(r)) for r in scoring.rows]
+    answers = [r.row(_read_answer(r) or None, correct=_is_right(r)) for r in scoring.rows]
     notes = []
     yes_no = [r for r in scoring.rows if r.question.task == "yes/no"]
     if len(yes_no) % 2:
@@ -125,7 +125,7 @@ def _score(scoring: Scoring) -> BenchmarkScore:
         notes.append(f"{unjudged} open answers without a verdict; the release has no judge for them")
     words = [r.text.lower().split() for r in yes_no]
     unparsed = sum(not {"yes", "no"} & {w.strip(".,!?*\"'") for w in ws} for ws in words)
-    unparsed += sum(r.question.task == "choice" and _given(r) is None for r in scoring.rows)
+    unparsed += sum(r.question.task == "choice" and _read_answer(r) is None for r in scoring.rows)
     return score_of("reefknot", scoring, answers, figures, parts=parts, unparsed=unparsed, notes=notes)
 
 

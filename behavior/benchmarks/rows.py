@@ -37,7 +37,7 @@ class BenchmarkQuestion:
     """Name of the image; empty for a question without an image."""
     text: str
     answer: str
-    """The true answer or reference; empty if there is none."""
+    """The true answer or reference; empty if the release has no answer."""
     task: str
     """One of `TASKS`."""
     level: str = ""

@@ -112,11 +112,11 @@ def score_files(
     benchmark = BENCHMARKS[name]
     chosen = benchmark.check_variant(variant)
     given = benchmark.check_functions(functions or {})
-    asked, rows, paths = _answered(
+    all_questions, rows, paths = _answered(
         benchmark, answers, files or {}, chosen, format=format, answer_field=answer_field, id_field=id_field
     )
     rows = _judged(benchmark, rows, verdicts, chosen, by_place=by_place)
-    return benchmark.score(Scoring(asked, rows, paths, chosen, given))
+    return benchmark.score(Scoring(all_questions, rows, paths, chosen, given))
 
 
 def write_requests(
@@ -192,7 +192,7 @@ def _answered(
     if benchmark.read_answers is not None and (not benchmark.answers_hold_questions or QUESTIONS not in paths):
         rows = tuple(benchmark.read_answers(path, paths))
         return check_unique([r.question for r in rows]), rows, paths
-    asked = check_unique(tuple(benchmark.read(paths)))
+    all_questions = check_unique(tuple(benchmark.read(paths)))
     readings = read_answer_file(
         path,
         benchmark.answers,
@@ -201,7 +201,7 @@ def _answered(
         id_field=id_field,
         last=variant in benchmark.repeated,
     )
-    return asked, join_answers(asked, readings, path, text_alone=benchmark.answers.text_alone), paths
+    return all_questions, join_answers(all_questions, readings, path, text_alone=benchmark.answers.text_alone), paths
 
 
 def _judged(

@@ -23,14 +23,14 @@ def facts_of(data: ConceptDataset) -> dict[str, str]:
     forms: dict[str, list[str]] = {}
     kinds = {e.kind for e in data}
     for example in data:
-        asked = example.kind.removeprefix("what_")
-        if example.subject is None or f"what_{asked}" not in kinds:
+        attribute = example.kind.removeprefix("what_")
+        if example.subject is None or f"what_{attribute}" not in kinds:
             continue
         open_form = example.kind.startswith("what_") and len(example.candidates) > 1
         if open_form or (
-            set(example.candidates) == set(YES_NO) and example.answer == YES_NO[0] and asked == example.kind
+            set(example.candidates) == set(YES_NO) and example.answer == YES_NO[0] and attribute == example.kind
         ):
-            forms.setdefault(f"{example.group}/{example.subject}/{asked}", []).append(example.id)
+            forms.setdefault(f"{example.group}/{example.subject}/{attribute}", []).append(example.id)
     kind_of = {e.id: e.kind for e in data}
     several = {fact: ids for fact, ids in forms.items() if len({kind_of[i] for i in ids}) > 1}
     return {number: fact for fact, ids in several.items() for number in ids}

@@ -36,8 +36,8 @@ def share_text(value: Estimate | None, *, scale: float = 100.0, digits: int = 1)
     if value is None or math.isnan(value.value):
         return ""
     few = " (few images)" if value.few_groups else ""
-    shown, low, high = (f"{scale * end:.{digits}f}" for end in (value.value, value.low, value.high))
-    return f"{shown} [{low}, {high}]{few}"
+    value_text, low, high = (f"{scale * end:.{digits}f}" for end in (value.value, value.low, value.high))
+    return f"{value_text} [{low}, {high}]{few}"
 
 
 def row_cells(card: EvaluationCard) -> Table:
@@ -82,7 +82,7 @@ def fact_cells(card: EvaluationCard) -> Table:
     >>> fact_cells(gs.evaluation_card({"tiny": {"scenes": answers}}))[1][:2]
     ['tiny', 'scenes']
     """
-    shown = [name for name in _SYMPTOMS if any(name in fact.rates for fact in card.facts)]
+    reported = [name for name in _SYMPTOMS if any(name in fact.rates for fact in card.facts)]
     titles = {"form": "asked form", "entropy": "entropy, nats"}
     head = [
         "model",
@@ -91,7 +91,7 @@ def fact_cells(card: EvaluationCard) -> Table:
         "missing",
         "seconds an answer",
         "forwards an answer",
-        *(titles.get(n, n) for n in shown),
+        *(titles.get(n, n) for n in reported),
     ]
     return [
         head,
@@ -103,7 +103,7 @@ def fact_cells(card: EvaluationCard) -> Table:
                 str(fact.missing),
                 "" if fact.seconds_per_answer is None else f"{fact.seconds_per_answer:.3g}",
                 "" if fact.forwards_per_answer is None else f"{fact.forwards_per_answer:.3g}",
-                *(_symptom(fact.rates.get(name), name) for name in shown),
+                *(_symptom(fact.rates.get(name), name) for name in reported),
             ]
             for fact in card.facts
         ),
@@ -148,8 +148,8 @@ def figure_cells(card: EvaluationCard) -> Table:
     for f in card.figures:
         value = f.value
         ends = "" if math.isnan(value.low) else f"[{value.low:.4g}, {value.high:.4g}]"
-        shown = "not defined" if math.isnan(value.value) else f"{value.value:.4g}"
-        lines.append([f.model, f.benchmark, f.part, f.figure, shown, ends])
+        figure_text = "not defined" if math.isnan(value.value) else f"{value.value:.4g}"
+        lines.append([f.model, f.benchmark, f.part, f.figure, figure_text, ends])
     return lines
 
 

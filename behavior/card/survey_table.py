@@ -168,8 +168,8 @@ def survey_cells() -> list[list[str]]:
     """
     lines = [["benchmark", *COLUMNS, "evaluation", "reason of a difference"]]
     for name, row in SURVEY_ROWS.usable().items():
-        cells = [_shown(_word(row.survey[c]), _word(row.value(c))) for c in COLUMNS]
-        evaluation = _shown(row.survey_evaluation, row.evaluation)
+        cells = [_cell_text(_word(row.survey[c]), _word(row.value(c))) for c in COLUMNS]
+        evaluation = _cell_text(row.survey_evaluation, row.evaluation)
         lines.append([name, *cells, evaluation, "; ".join(f"{c}: {reason}" for c, reason in row.reasons.items())])
     return lines
 
@@ -178,5 +178,5 @@ def _word(value: bool) -> str:
     return "yes" if value else "no"
 
 
-def _shown(survey: str, ours: str) -> str:
+def _cell_text(survey: str, ours: str) -> str:
     return survey if survey == ours else f"{survey} -> {ours}"

@@ -103,8 +103,8 @@ def symptoms(answers: Sequence[Answer], facts: Mapping[str, str] | None = None) 
     """
     rates: dict[str, Estimate] = {}
     judged = [a for a in answers if a.correct is not None and a.kind != "caption"]
-    asked = grouped([a for a in judged if facts and a.id in facts], lambda a: (facts or {})[a.id])
-    several = [forms for forms in asked.values() if len(forms) > 1]
+    forms_of_fact = grouped([a for a in judged if facts and a.id in facts], lambda a: (facts or {})[a.id])
+    several = [forms for forms in forms_of_fact.values() if len(forms) > 1]
     if several:
         changed = [len({bool(a.correct) for a in forms}) > 1 for forms in several]
         rates["contradiction"] = share(changed, [forms[0].group for forms in several])

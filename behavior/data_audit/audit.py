@@ -100,9 +100,9 @@ class Audit:
                 "questions": len(report.examples), "not_measured": report.reason,
             }  # fmt: skip
             if self.errors:
-                found = errors.get(report.name)
+                cause_errors = errors.get(report.name)
                 for name in ("concerned", "others", "difference"):
-                    figure: Estimate | None = None if found is None else getattr(found, name)
+                    figure: Estimate | None = None if cause_errors is None else getattr(cause_errors, name)
                     value = (math.nan,) * 3 if figure is None else (figure.value, figure.low, figure.high)
                     row |= dict(zip((f"error_{name}", f"error_{name}_low", f"error_{name}_high"), value, strict=True))
             rows.append(row)

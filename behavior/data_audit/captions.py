@@ -60,8 +60,8 @@ def find_poor_captions(audited: AuditedData) -> tuple[list[Finding], dict[str, f
 
 def find_swapped_captions(audited: AuditedData) -> tuple[list[Finding], dict[str, float]]:
     """Find captions whose objects are not in their image, but all in another."""
-    known = {canonical_noun(o.noun) for image in audited.annotations.values() for o in image.objects}
-    if not known:
+    object_names = {canonical_noun(o.noun) for image in audited.annotations.values() for o in image.objects}
+    if not object_names:
         msg = "the data have no annotated objects to compare captions with"
         raise NotMeasuredError(msg)
     rows = objects_of_captions(audited)
@@ -70,7 +70,7 @@ def find_swapped_captions(audited: AuditedData) -> tuple[list[Finding], dict[str
     findings, shares = [], []
     for example, caption, nouns in rows:
         image = audited.image_of[example.id]
-        named = {name for noun in nouns if (name := _known_name(noun, known)) is not None}
+        named = {name for noun in nouns if (name := _known_name(noun, object_names)) is not None}
         if not named or image not in images:
             continue
         own = _included(named, images[image])
@@ -96,10 +96,10 @@ def _has_wrong(caption: str, nouns: tuple[str, ...], image: ImageAnnotation) -> 
     return any(span.verdict == "wrong" for span in judged.spans)
 
 
-def _known_name(noun: str, known: set[str]) -> str | None:
+def _known_name(noun: str, object_names: set[str]) -> str | None:
     """Return the name of an object in the vocabulary of the data that a noun of a caption has; None if it has none."""
     names = (canonical_noun(noun), canonical_noun(noun.split()[-1]))
-    return next((name for name in names if name in known), None)
+    return next((name for name in names if name in object_names), None)
 
 
 def _included(named: set[str], image: ImageAnnotation) -> float:
@@ -108,8 +108,8 @@ def _included(named: set[str], image: ImageAnnotation) -> float:
 
 def find_shared_captions(audited: AuditedData) -> tuple[list[Finding], dict[str, float]]:
     """Find captions that are true of several images: as negatives of those they are false negatives."""
-    known = {canonical_noun(o.noun) for image in audited.annotations.values() for o in image.objects}
-    if not known:
+    object_names = {canonical_noun(o.noun) for image in audited.annotations.values() for o in image.objects}
+    if not object_names:
         msg = "the data have no annotated objects to compare captions with"
         raise NotMeasuredError(msg)
     present = {
@@ -118,7 +118,7 @@ def find_shared_captions(audited: AuditedData) -> tuple[list[Finding], dict[str,
     texts: Counter[str] = Counter(caption.lower().rstrip(".") for _, caption in audited.require_captions())
     findings, counts = [], []
     for example, caption, nouns in objects_of_captions(audited):
-        named = {name for noun in nouns if (name := _known_name(noun, known)) is not None}
+        named = {name for noun in nouns if (name := _known_name(noun, object_names)) is not None}
         others = [
             name for name, there in present.items() if named and named <= there and name != audited.image_of[example.id]
         ]

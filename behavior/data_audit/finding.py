@@ -31,7 +31,7 @@ class Finding:
     """Their images (groups)."""
     message: str
     value: float | None = None
-    """The measure that led to it, in the unit of its cause; None if there is none."""
+    """The measure that led to it, in the unit of its cause; None for a cause without a measure."""
 
 
 @dataclass(frozen=True)

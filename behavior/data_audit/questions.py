@@ -136,21 +136,21 @@ def find_other_names(audited: AuditedData) -> tuple[list[Finding], dict[str, flo
 def find_polysemous(audited: AuditedData) -> tuple[list[Finding], dict[str, float]]:
     """Find questions about nouns with two concrete senses (`SENSES`)."""
     by_noun: dict[str, list[Example]] = defaultdict(list)
-    asked = 0
+    count = 0
     for example in audited.data:
         nouns = question_nouns(example)
-        asked += bool(nouns)
+        count += bool(nouns)
         for noun in nouns:
             if noun in SENSES:
                 by_noun[noun].append(example)
-    if not asked:
+    if not count:
         msg = "no question names an object that is known (an existence question, or an annotated subject)"
         raise NotMeasuredError(msg)
     findings = [
         audited.finding(rows, f"'{noun}' can be {' or '.join(SENSES[noun])} ({len(rows)} questions)", len(rows))
         for noun, rows in sorted(by_noun.items(), key=lambda item: -len(item[1]))
     ]
-    return findings, {"share of questions": len({e.id for rows in by_noun.values() for e in rows}) / asked}
+    return findings, {"share of questions": len({e.id for rows in by_noun.values() for e in rows}) / count}
 
 
 def question_nouns(example: Example) -> set[str]:
@@ -209,10 +209,10 @@ def find_cooccurrence(audited: AuditedData) -> tuple[list[Finding], dict[str, fl
         raise NotMeasuredError(msg)
     single: Counter[str] = Counter(noun for nouns in present.values() for noun in nouns)
     pairs: Counter[tuple[str, str]] = Counter(p for nouns in present.values() for p in combinations(sorted(nouns), 2))
-    findings, asked = [], 0
+    findings, count = [], 0
     for image, nouns in present.items():
         for noun, row in _denied(audited.by_image[image]):
-            asked += 1
+            count += 1
             absent = canonical_noun(noun)
             shares = {
                 other: pairs[min(absent, other), max(absent, other)] / single[other]
@@ -225,4 +225,4 @@ def find_cooccurrence(audited: AuditedData) -> tuple[list[Finding], dict[str, fl
                     f"'{row.question}': absent, but in {shares[best]:.0%} of the images with '{best}', which is here"
                 )
                 findings.append(audited.finding([row], message, shares[best]))
-    return findings, {"questions about absent objects": asked}
+    return findings, {"questions about absent objects": count}

@@ -188,23 +188,23 @@ def hold_out_compositions(
     ordered = sorted(pmi, key=lambda c: (pmi[c], c))
     rare = ordered[: max(1, math.ceil(len(ordered) / 2))]
     random.Random(seed).shuffle(rare)
-    held: set[tuple[str, str]] = set()
+    withheld: set[tuple[str, str]] = set()
     remaining: Counter[str] = Counter(part for composition in pmi for part in composition)
     for composition in rare:
-        if len(held) >= max(1, round(share * len(ordered))):
+        if len(withheld) >= max(1, round(share * len(ordered))):
             break
         if all(remaining[part] > 1 for part in composition):
-            held.add(composition)
+            withheld.add(composition)
             remaining.subtract(composition)
-    test = [e for e in data if e.id in rarity and rarity[e.id].composition in held]
+    test = [e for e in data if e.id in rarity and rarity[e.id].composition in withheld]
     if not test:
         msg = (
             "no composition can be held out: each noun, attribute or relation is in one composition only; use more data"
         )
         raise DataError(msg)
     images = {e.group for e in test}
-    train = [e for e in data if e.id in rarity and rarity[e.id].composition not in held and e.group not in images]
-    about = {**data.provenance, "held_out": sorted(map(list, held)), "seed": seed}
+    train = [e for e in data if e.id in rarity and rarity[e.id].composition not in withheld and e.group not in images]
+    about = {**data.provenance, "held_out": sorted(map(list, withheld)), "seed": seed}
     return (
         ConceptDataset(f"{data.name}, training compositions", tuple(train), about),
         ConceptDataset(f"{data.name}, held-out compositions", tuple(test), about),

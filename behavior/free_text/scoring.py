@@ -153,28 +153,29 @@ def _parsed(
     annotations: Mapping[str, ImageAnnotation],
     nouns: Iterable[str],
 ) -> list[Description]:
-    given: list[tuple[str, str | Description]] = []
+    named_descriptions: list[tuple[str, str | Description]] = []
     if isinstance(descriptions, Mapping):
-        given += [(str(name), text) for name, text in descriptions.items()]
+        named_descriptions += [(str(name), text) for name, text in descriptions.items()]
     else:
-        given += [(row.id, row) for row in descriptions]
-    if not given:
+        named_descriptions += [(row.id, row) for row in descriptions]
+    if not named_descriptions:
         msg = "there are no descriptions to score; give at least one"
         raise DataError(msg)
-    repeated = [name for name, count in Counter(name for name, _ in given).items() if count > 1]
+    repeated = [name for name, count in Counter(name for name, _ in named_descriptions).items() if count > 1]
     if repeated:
         msg = f"the id '{repeated[0]}' has two descriptions; ids must be unique"
         raise DataError(msg)
-    missing = [name for name, _ in given if name not in annotations]
+    missing = [name for name, _ in named_descriptions if name not in annotations]
     if missing:
         msg = (
             f"description '{missing[0]}': no annotation of its image ({format_count(len(missing), 'such description')}); "
             "free text is judged by annotated objects, so load data that has them, or leave these descriptions out"
         )
         raise DataError(msg)
-    names = {noun for name, _ in given for noun in _nouns(annotations[name])} | set(nouns)
+    names = {noun for name, _ in named_descriptions for noun in _nouns(annotations[name])} | set(nouns)
     return [
-        row if isinstance(row, Description) else parse_description(row, nouns=names, id=name) for name, row in given
+        row if isinstance(row, Description) else parse_description(row, nouns=names, id=name)
+        for name, row in named_descriptions
     ]
 
 

@@ -47,7 +47,7 @@ class Span:
     arguments: tuple[Place, ...] = ()
     """Places of the objects: the owner of an attribute; subject and object of a relation."""
     verdict: Verdict | None = None
-    """Whether the span is right; None if nobody has judged it."""
+    """Whether the span is right; None if it was not judged."""
     reason: str = ""
     """Why, such as the annotation that decides; empty if unknown."""
 

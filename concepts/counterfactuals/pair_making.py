@@ -239,8 +239,8 @@ def _balanced(
     groups: set[str] = set()
     counts: Counter[tuple[Form, str]] = Counter()
     waiting: dict[tuple[Form, str], deque[CounterfactualPair]] = {}
-    for group, made in groupby(candidates, key=lambda pair: pair.group):
-        of_image = list(made)
+    for group, group_pairs in groupby(candidates, key=lambda pair: pair.group):
+        of_image = list(group_pairs)
         if further := len(of_image) - (group not in groups):
             left_out["further pairs of the same image"] += further
         if group in groups:

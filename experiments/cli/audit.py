@@ -40,12 +40,12 @@ def run(arguments: Sequence[str]) -> int:
 
     data, answers, out = _run_data(runs[0], options) if runs else _data(words, options)
     names = [name.strip() for name in options["causes"].strip("[]").split(",") if name.strip()] or None
-    found = audit(data, answers, causes=names, pixels=options["pixels"] == "true")
+    audited = audit(data, answers, causes=names, pixels=options["pixels"] == "true")
     out.mkdir(parents=True, exist_ok=True)
-    found.save(out / "audit.json")
-    write_whole(out / "findings.csv", found.findings_frame().to_csv(index=False).encode())
-    write_whole(out / "audit.html", audit_page(found).encode())
-    _print(found, out)
+    audited.save(out / "audit.json")
+    write_whole(out / "findings.csv", audited.findings_frame().to_csv(index=False).encode())
+    write_whole(out / "audit.html", audit_page(audited).encode())
+    _print(audited, out)
     if runs:
         from experiments.report import write_report
 
@@ -119,22 +119,23 @@ def _answers(data: ConceptDataset, options: dict[str, str]) -> BehaviorResult | 
     return load_answers(data, path, parser=options["parser"] or None)
 
 
-def _print(found: Audit, out: Path) -> None:
+def _print(audited: Audit, out: Path) -> None:
     from rich.table import Table
     from rich.text import Text
 
     console = plain_console()
     console.print(
-        f"{found.data}: {format_count(found.examples, 'question')}, {format_count(found.images, 'image')}", markup=False
+        f"{audited.data}: {format_count(audited.examples, 'question')}, {format_count(audited.images, 'image')}",
+        markup=False,
     )
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("cause")
     for name in ("findings", "images", "questions"):
         table.add_column(name, justify="right")
-    errors = {row.cause: row for row in found.errors}
+    errors = {row.cause: row for row in audited.errors}
     if errors:
         table.add_column("wrong: concerned, others, difference [95 %], in points")
-    for report in found.causes:
+    for report in audited.causes:
         if not report.measured:
             continue
         cells = [report.name, str(len(report.findings)), str(len(report.images)), str(len(report.examples))]
@@ -145,7 +146,7 @@ def _print(found: Audit, out: Path) -> None:
             cells.append(f"{rates} [{100 * d.low:+.1f}, {100 * d.high:+.1f}]")
         table.add_row(*map(Text, cells))
     console.print(table)
-    for report in found.causes:
+    for report in audited.causes:
         if not report.measured:
             console.print(f"not measured: {report.name}: {report.reason}", markup=False)
     console.print(f"written: {out / 'audit.html'}, {out / 'findings.csv'}, {out / 'audit.json'}", markup=False)

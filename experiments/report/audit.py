@@ -1,4 +1,4 @@
-"""Causes of errors in data: the section of a run's report, and a page of its own."""
+"""Causes of errors in data: the section of a run's report, and a separate page."""
 
 from __future__ import annotations
 
@@ -33,11 +33,15 @@ def audit_html(audit: Audit) -> str:
             continue
         row: list[object] = [report.name, len(report.findings), len(report.images), len(report.examples)]
         if errors:
-            found = errors.get(report.name)
+            cause_errors = errors.get(report.name)
             row += (
                 ["-"] * 3
-                if found is None
-                else [interval(found.concerned), interval(found.others), _difference(found.difference)]
+                if cause_errors is None
+                else [
+                    interval(cause_errors.concerned),
+                    interval(cause_errors.others),
+                    _difference(cause_errors.difference),
+                ]
             )
         rows.append(row)
     parts = [

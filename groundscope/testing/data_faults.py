@@ -141,10 +141,10 @@ def _contradict(
 ) -> frozenset[str]:
     truth = set()
     for group in groups:
-        asked = [e for e in images[group] if set(e.candidates) == {"yes", "no"} and asked_noun(e.question) is None]
-        asked = asked or [e for e in images[group] if set(e.candidates) == {"yes", "no"} and e.answer == "yes"]
-        if asked:
-            example = rng.choice(asked)
+        eligible = [e for e in images[group] if set(e.candidates) == {"yes", "no"} and asked_noun(e.question) is None]
+        eligible = eligible or [e for e in images[group] if set(e.candidates) == {"yes", "no"} and e.answer == "yes"]
+        if eligible:
+            example = rng.choice(eligible)
             other = "no" if example.answer == "yes" else "yes"
             added = replace(example, id=f"{example.id} (again)", question=example.question.upper(), answer=other)
             rows[added.id] = added

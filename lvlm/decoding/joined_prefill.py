@@ -99,9 +99,9 @@ def joined_prefill(model: Lvlm, parts: Sequence[Part], *, keeps_cache: bool) -> 
 
 
 def _of_part(part: Part, name: str) -> Tensor:
-    given, ids = part.prompts.inputs.get(name), part.prompts.inputs["input_ids"]
-    if given is not None:
-        return given.to(ids.device)
+    own_values, ids = part.prompts.inputs.get(name), part.prompts.inputs["input_ids"]
+    if own_values is not None:
+        return own_values.to(ids.device)
     return torch.ones_like(ids) if name == "attention_mask" else torch.zeros_like(ids)
 
 

@@ -348,8 +348,8 @@ def _questions() -> list[Example]:
         pixels = draw.integers(0, 256, (*_SIZE[::-1], 3), dtype=np.uint8)
         image = MemoryImage.of(Image.fromarray(pixels))
         for question in _QUESTIONS:
-            rest = (question, "", (), "object", "open", "", "check")
-            examples.append(Example(f"{name}: {question}", image, *rest))
+            fields = (question, "", (), "object", "open", "", "check")
+            examples.append(Example(f"{name}: {question}", image, *fields))
     return examples
 
 

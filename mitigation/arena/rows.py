@@ -180,8 +180,8 @@ def row_of(
             mitigation: Mitigation = training_free_methods[name].derive(data, **parameters)
             title = mitigation.name
         else:
-            mitigation, given = _steering(name, parameters, data, derived, {} if choices is None else choices)
-            title = f"{label} ({given})" if given else label
+            mitigation, strength_text = _steering(name, parameters, data, derived, {} if choices is None else choices)
+            title = f"{label} ({strength_text})" if strength_text else label
         mitigation.check(data.model)
     except ConfigError:
         raise
@@ -296,8 +296,8 @@ def default_rows(data: DerivationData) -> list[str]:
         if not issubclass(cls, MethodControl) or len(cls.default_of) == 1:
             rows.append(name)
             continue
-        made = [of for of in cls.default_of if set(training_free_methods[of].needs) <= available]
-        rows += [f"{name}(of={of})" for of in made]
+        default_methods = [of for of in cls.default_of if set(training_free_methods[of].needs) <= available]
+        rows += [f"{name}(of={of})" for of in default_methods]
     if not {"store", "heads"} <= available:
         return rows
     derivations = derivations_for(data)

@@ -29,9 +29,9 @@ TOKENS = ("last", "image:mean", "object:mean", "question:all", "image:all", "suf
 
 def questions() -> ConceptDataset:
     """Three questions about each of two images in alternation, and one about another image."""
-    asked = [(example(number), text) for text in QUESTIONS for number in (0, 1)] + [(example(2), QUESTIONS[0])]
+    pairs = [(example(number), text) for text in QUESTIONS for number in (0, 1)] + [(example(2), QUESTIONS[0])]
     options: dict[str, Any] = {"answer": "yes", "candidates": ("yes", "no")}
-    rows = [replace(e, id=f"q{i}", question=text, **options) for i, (e, text) in enumerate(asked)]
+    rows = [replace(e, id=f"q{i}", question=text, **options) for i, (e, text) in enumerate(pairs)]
     rows[2] = replace(rows[2], subject=None)
     return ConceptDataset("shared", tuple(rows))
 
@@ -59,18 +59,18 @@ def alone(
 
 
 def assert_equal(store: ActivationStore, stores: Sequence[ActivationStore], atol: float) -> None:
-    expected = [values_of(one) for one in stores]
+    expected = [values_of(single) for single in stores]
     for name, rows in values_of(store).items():
         assert len(rows) == len(stores)
-        for got, want in zip(rows, [one[name][0] for one in expected], strict=True):
+        for got, want in zip(rows, [single[name][0] for single in expected], strict=True):
             np.testing.assert_allclose(got, want, rtol=2e-6, atol=atol, err_msg=name)
-    table, tables = store.examples, [one.examples for one in stores]
-    assert list(table["id"]) == [one["id"][0] for one in tables]
+    table, tables = store.examples, [single.examples for single in stores]
+    assert list(table["id"]) == [single["id"][0] for single in tables]
     for name in table:
         if name == "margin":
-            np.testing.assert_allclose(list(table[name]), [one[name][0] for one in tables], rtol=0, atol=1e-4)
+            np.testing.assert_allclose(list(table[name]), [single[name][0] for single in tables], rtol=0, atol=1e-4)
         else:
-            assert [str(v) for v in table[name]] == [str(one[name][0]) for one in tables], name
+            assert [str(v) for v in table[name]] == [str(single[name][0]) for single in tables], name
 
 
 @contextmanager

@@ -49,8 +49,8 @@ def test_yes_no_parsers_by_hand() -> None:
         "vlmevalkit": "y n n o o o o o o n n o o o o o y",
     }
     for name, row in rows.items():
-        given = [{"yes": "y", "no": "n", None: "o"}[PARSERS[name](text)] for text in ANSWERS]
-        assert " ".join(given) == row, name
+        parsed = [{"yes": "y", "no": "n", None: "o"}[PARSERS[name](text)] for text in ANSWERS]
+        assert " ".join(parsed) == row, name
 
 
 def test_parsers_of_benchmarks_by_hand() -> None:
@@ -68,8 +68,8 @@ def test_parsers_of_benchmarks_by_hand() -> None:
     ]
     options = ["(a)", "a", "A.", "b) closed", "Open", "It is not open but closed", "**(b)**", "Option B", "neither", "",
                '{"answer": "(a)"}', "a door"]  # fmt: skip
-    given = [mmvp.read_option(t, OPTIONS) for t in options]
-    assert given == ["a", "a", "a", "b", "a", None, "b", "b", None, None, "a", None]
+    parsed = [mmvp.read_option(t, OPTIONS) for t in options]
+    assert parsed == ["a", "a", "a", "b", "a", None, "b", "b", None, None, "a", None]
     assert [is_right("A. the man", t) for t in ("A", "B", "", "nan", "the man", "THE MAN", "A cat", "no")] == [
         True, False, False, False, True, True, True, False,
     ]  # fmt: skip

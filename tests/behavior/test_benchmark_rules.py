@@ -272,9 +272,9 @@ def test_crpe(tmp_path: Path) -> None:
     rows = []
     for i in range(1200):
         truth = chance.choice(["A", "B. the man", "C. on", "D"])
-        given = chance.choice([truth[0], truth[0], truth, "B", "A cat", "the man", "none", "it is on it", "b"])
+        response = chance.choice([truth[0], truth[0], truth, "B", "A cat", "the man", "none", "it is on it", "b"])
         rows.append({"index": i, "question": f"q{i}", "answer": truth, "category": "exist" if i % 8 < 4 else "predicate",
-                     "prediction": given})  # fmt: skip
+                     "prediction": response})  # fmt: skip
     table = tmp_path / "crpe.tsv"
     names = list(rows[0])
     table.write_text("\n".join(["\t".join(names), *("\t".join(str(r[n]) for n in names) for r in rows)]) + "\n")

@@ -139,10 +139,10 @@ def test_files_have_the_schema_and_are_read_back(card: EvaluationCard, tmp_path:
     jsonschema.validate(document, schema)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(document | {"rows": [{"model": "x"}]}, schema)
-    again = EvaluationCard.load(path)
-    assert again.rows == card.rows or str(again.rows) == str(card.rows)  # NaN is not equal to itself
-    assert again.differences == card.differences
-    assert again.answers == card.answers
+    loaded = EvaluationCard.load(path)
+    assert loaded.rows == card.rows or str(loaded.rows) == str(card.rows)  # NaN is not equal to itself
+    assert loaded.differences == card.differences
+    assert loaded.answers == card.answers
     path.write_text(path.read_text().replace("choice", "chioce", 1))
     with pytest.raises(DataError, match=r"card\.json"):
         EvaluationCard.load(path)
@@ -156,12 +156,12 @@ def test_scored_benchmarks_bring_their_figures(tmp_path: Path) -> None:
     questions.write_text(json.dumps(rows))
     file.write_text("".join(json.dumps({"question_id": i, "text": "No, <b>."}) + "\n" for i in range(15)))
     score = score_files("r_bench", file, files={"questions": questions})
-    made = evaluation_card({"GPT <4>": {"R-Bench": score}})
-    assert made.row("GPT <4>", "R-Bench", "relation").frequency.value == pytest.approx(8 / 15)
-    assert made.row("GPT <4>", "R-Bench").yes_ratio is not None
-    assert {f.figure for f in made.figures} == {"accuracy", "precision", "recall", "f1", "yes_ratio"}
-    assert made.facts[0].missing == 5
-    page = (tmp_path / "x" / "card.html") if made.save(tmp_path / "x") else tmp_path
+    safety_card = evaluation_card({"GPT <4>": {"R-Bench": score}})
+    assert safety_card.row("GPT <4>", "R-Bench", "relation").frequency.value == pytest.approx(8 / 15)
+    assert safety_card.row("GPT <4>", "R-Bench").yes_ratio is not None
+    assert {f.figure for f in safety_card.figures} == {"accuracy", "precision", "recall", "f1", "yes_ratio"}
+    assert safety_card.facts[0].missing == 5
+    page = (tmp_path / "x" / "card.html") if safety_card.save(tmp_path / "x") else tmp_path
     assert "GPT &lt;4&gt;" in page.read_text()
     assert "<script" not in page.read_text()
 
@@ -186,8 +186,12 @@ def test_symptoms_by_hand() -> None:
 def test_refusals_and_unsafe_answers(tmp_path: Path) -> None:
     file = tmp_path / "safety.csv"
     file.write_text("id,refused,unsafe\nq0,true,no\nq1,false,yes\nq2,0,0\n")
-    made = evaluation_card({"m": {"a": answers(1, dict.fromkeys(LEVELS, 0.2))}}, safety={"m": read_safety(file)})
-    assert made.facts[0].rates["refused"].value == made.facts[0].rates["unsafe"].value == pytest.approx(1 / 3)
+    safety_card = evaluation_card({"m": {"a": answers(1, dict.fromkeys(LEVELS, 0.2))}}, safety={"m": read_safety(file)})
+    assert (
+        safety_card.facts[0].rates["refused"].value
+        == safety_card.facts[0].rates["unsafe"].value
+        == pytest.approx(1 / 3)
+    )
     file.write_text("id,refused,unsafe\nq0,true,perhaps\n")
     with pytest.raises(DataError, match="field 'unsafe' must be true or false"):
         read_safety(file)

@@ -48,7 +48,7 @@ def caption(identity: str, text: str, group: str, *nouns: str, seed: int = 0) ->
     return Example(identity, plain(seed), "Describe.", text, (), "object", "caption", "caption", group, objects=objects)
 
 
-def found(cause: str, *rows: Example) -> list[tuple[str, ...]]:
+def reported_examples(cause: str, *rows: Example) -> list[tuple[str, ...]]:
     """Return the examples of each finding."""
     return [f.examples for f in gs.audit(ConceptDataset("by hand", rows), causes=[cause]).cause(cause).findings]
 
@@ -80,31 +80,33 @@ def test_planted_faults_are_reported_and_nothing_else(
 
 def test_contradictions_by_hand() -> None:
     same = question("a", "Is there a dog in the image?", "yes"), question("b", "is there a Dog in the image", "no")
-    assert found("contradictions", *same) == [("a", "b")]
-    assert found("contradictions", same[0], replace(same[1], group="1.png", image=plain(1))) == []
+    assert reported_examples("contradictions", *same) == [("a", "b")]
+    assert reported_examples("contradictions", same[0], replace(same[1], group="1.png", image=plain(1))) == []
     left = question("a", "Is the dog to the left of the cat?", "yes", level="relation", kind="relation")
     right = replace(left, id="b", question="Is the dog to the right of the cat?")
-    assert found("contradictions", left, right) == [("a", "b")]
-    assert found("contradictions", left, replace(right, answer="no")) == []
+    assert reported_examples("contradictions", left, right) == [("a", "b")]
+    assert reported_examples("contradictions", left, replace(right, answer="no")) == []
     mirrored = replace(left, id="b", question="Is the cat to the left of the dog?")
-    assert found("contradictions", left, mirrored) == [("a", "b")]
+    assert reported_examples("contradictions", left, mirrored) == [("a", "b")]
     red = question("a", "Is the car red?", "yes", level="attribute", kind="color", subject="o1")
-    assert found("contradictions", red, replace(red, id="b", question="Is the car blue?")) == [("a", "b")]
-    assert found("contradictions", red, replace(red, id="b", question="Is the car blue?", subject="o2")) == []
+    assert reported_examples("contradictions", red, replace(red, id="b", question="Is the car blue?")) == [("a", "b")]
+    assert (
+        reported_examples("contradictions", red, replace(red, id="b", question="Is the car blue?", subject="o2")) == []
+    )
     no_dog = question("a", "Is there a dog in the image?", "no")
-    assert found("contradictions", no_dog, caption("c", "A dog sleeps.", "0.png")) == [("a", "c")]
-    assert found("contradictions", no_dog, caption("c", "A cat sleeps.", "0.png")) == []
-    assert found("contradictions", replace(no_dog, objects=(SceneObject("1", "dog", None),))) == [("a",)]
+    assert reported_examples("contradictions", no_dog, caption("c", "A dog sleeps.", "0.png")) == [("a", "c")]
+    assert reported_examples("contradictions", no_dog, caption("c", "A cat sleeps.", "0.png")) == []
+    assert reported_examples("contradictions", replace(no_dog, objects=(SceneObject("1", "dog", None),))) == [("a",)]
 
 
 @pytest.mark.parametrize(
-    ("asked", "annotated", "reported"),
+    ("absent_noun", "annotated", "reported"),
     [("puppy", "dog", True), ("bananas", "banana", True), ("person", "woman", True), ("table", "coffee table", True),
      ("dog", "hot dog", False), ("cat", "dog", False)],
 )  # fmt: skip
-def test_absent_objects_that_are_present_under_another_name(asked: str, annotated: str, reported: bool) -> None:
-    row = question("a", f"Is there a {asked} in the image?", "no", objects=(SceneObject("1", annotated, None),))
-    assert bool(found("present under another name", row)) is reported
+def test_absent_objects_that_are_present_under_another_name(absent_noun: str, annotated: str, reported: bool) -> None:
+    row = question("a", f"Is there a {absent_noun} in the image?", "no", objects=(SceneObject("1", annotated, None),))
+    assert bool(reported_examples("present under another name", row)) is reported
 
 
 def test_captions_by_hand() -> None:
@@ -114,9 +116,12 @@ def test_captions_by_hand() -> None:
         caption("3", "A bus.", "3", "zebra", seed=3),
         caption("4", "This is a picture of some things.", "4", "zebra", seed=4),
     ]
-    assert found("swapped captions", *rows) == [("3",)]
-    assert found("poor captions", *rows) == [("3",), ("4",)]
-    assert found("shared captions", *rows, replace(rows[1], id="5", group="5", image=plain(5))) == [("2",), ("5",)]
+    assert reported_examples("swapped captions", *rows) == [("3",)]
+    assert reported_examples("poor captions", *rows) == [("3",), ("4",)]
+    assert reported_examples("shared captions", *rows, replace(rows[1], id="5", group="5", image=plain(5))) == [
+        ("2",),
+        ("5",),
+    ]
     audit = gs.audit(
         ConceptDataset("c", tuple(rows)), causes=["mismatched captions"], caption_scores={"1": -0.5, "2": 0.1}
     )
@@ -128,11 +133,11 @@ def test_objects_by_hand() -> None:
         item = SceneObject("1", "ring", box)
         return question("a", "Is there a ring in the image?", "yes", objects=(item,), subject="1")
 
-    assert found("small objects", about(Box(10, 10, 13, 14))) == [("a",)]  # 12 of 1200 pixels
-    assert found("small objects", about(Box(10, 10, 13, 15))) == []
-    assert found("cut-off objects", about(Box(10, 10, 40, 20))) == [("a",)]
-    assert found("cut-off objects", about(Box(10, 10, 30, 20))) == []
-    assert found("polysemous nouns", about(Box(1, 1, 3, 3))) == [("a",)]
+    assert reported_examples("small objects", about(Box(10, 10, 13, 14))) == [("a",)]  # 12 of 1200 pixels
+    assert reported_examples("small objects", about(Box(10, 10, 13, 15))) == []
+    assert reported_examples("cut-off objects", about(Box(10, 10, 40, 20))) == [("a",)]
+    assert reported_examples("cut-off objects", about(Box(10, 10, 30, 20))) == []
+    assert reported_examples("polysemous nouns", about(Box(1, 1, 3, 3))) == [("a",)]
     assert len(SENSES) >= 60
     assert all(len(senses) >= 2 for senses in SENSES.values())
 
@@ -147,7 +152,11 @@ def test_imbalance_and_cooccurrence_by_hand() -> None:
     report = gs.audit(ConceptDataset("d", tuple(rows)), causes=["answer imbalance"]).cause("answer imbalance")
     assert report.values == {"share of yes, object/existence/random": 21 / 24}
     assert len(report.findings) == 1
-    assert [names for (names,) in found("co-occurrence", *rows)] == ["21", "22", "23"]  # 21 of 24 images with a leash
+    assert [names for (names,) in reported_examples("co-occurrence", *rows)] == [
+        "21",
+        "22",
+        "23",
+    ]  # 21 of 24 images with a leash
 
 
 def test_near_duplicates_have_close_hashes_and_noise_has_not() -> None:
@@ -185,8 +194,8 @@ def test_rarity_is_pmi_of_mentions_and_terciles() -> None:
         counts[b] for b in ("rare", "middle", "frequent")
     )
     train, test = gs.hold_out_compositions(data, share=0.1, seed=1)
-    held = {rarity[e.id].composition for e in test}
-    assert held.isdisjoint(rarity[e.id].composition for e in train)
+    held_out = {rarity[e.id].composition for e in test}
+    assert held_out.isdisjoint(rarity[e.id].composition for e in train)
     assert {e.group for e in train}.isdisjoint(e.group for e in test)
     with pytest.raises(ConfigError, match="between 0 and 1"):
         gs.hold_out_compositions(data, share=1)
@@ -244,18 +253,18 @@ def test_bad_input_is_one_sentence() -> None:
 @pytest.mark.parametrize("loader", [name for name in gs.loaders.LOADERS if name != "pairs"])
 def test_the_data_of_every_loader_can_be_audited(loader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The example in the docstring of each loader makes its data."""
-    made: list[ConceptDataset] = []
+    datasets: list[ConceptDataset] = []
     original = ConceptDataset.__post_init__
 
     def record(self: ConceptDataset) -> None:
         original(self)
-        made.append(self)
+        datasets.append(self)
 
     monkeypatch.setattr(ConceptDataset, "__post_init__", record)
     monkeypatch.chdir(tmp_path)
     for test in examples(ROOT / "concepts" / "loaders" / f"{loader}.py"):
         doctest.DocTestRunner(optionflags=OPTIONS, verbose=False).run(test, out=lambda _: None, clear_globs=False)
-    data = [dataset for dataset in made if len(dataset)]
+    data = [dataset for dataset in datasets if len(dataset)]
     assert data
     audit = gs.audit(data[-1])
     assert [report.name for report in audit.causes] == list(CAUSES)

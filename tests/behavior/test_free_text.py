@@ -202,8 +202,8 @@ def test_rates_are_shares_of_judged_spans_and_unknown_is_left_out() -> None:
         len(row.spans) for row in scores.descriptions
     )
     judged = scores.descriptions[0].spans[0]
-    kept = gs.Description("x", texts["x"], (gs.Span(*judged.place, "object", (), "unknown", "a person"),))
-    assert gs.score_descriptions([kept], {"x": IMAGE}).descriptions[0].spans[0].reason == "a person"
+    corrected = gs.Description("x", texts["x"], (gs.Span(*judged.place, "object", (), "unknown", "a person"),))
+    assert gs.score_descriptions([corrected], {"x": IMAGE}).descriptions[0].spans[0].reason == "a person"
 
 
 def test_bad_input_is_one_sentence() -> None:

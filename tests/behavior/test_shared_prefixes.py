@@ -32,9 +32,9 @@ def model() -> Lvlm:
 @pytest.fixture(scope="module")
 def data() -> ConceptDataset:
     """Three questions about each of two images in alternation, one about another image, and one without an image."""
-    asked = [(example(number), text) for text in QUESTIONS for number in (0, 1)] + [(example(2), QUESTIONS[0])]
+    pairs = [(example(number), text) for text in QUESTIONS for number in (0, 1)] + [(example(2), QUESTIONS[0])]
     rows = [
-        replace(e, id=f"q{i}", question=text, answer="yes", candidates=CANDIDATES) for i, (e, text) in enumerate(asked)
+        replace(e, id=f"q{i}", question=text, answer="yes", candidates=CANDIDATES) for i, (e, text) in enumerate(pairs)
     ]
     rows.insert(3, replace(rows[0], id="text", image=NoImage(), objects=(), subject=None))
     return ConceptDataset("shared", tuple(rows))
@@ -50,7 +50,7 @@ def tokens_of(lvlm: Lvlm, site: str) -> Iterator[list[int]]:
         handle.remove()
 
 
-def apart(lvlm: Lvlm, data: ConceptDataset, context: Any = nullcontext, **options: Any) -> list[Any]:
+def answers_alone(lvlm: Lvlm, data: ConceptDataset, context: Any = nullcontext, **options: Any) -> list[Any]:
     """The answers to each question alone: no two share a prefix."""
     with context():
         return [answer(lvlm, data[i : i + 1], **options).answers[0] for i in range(len(data))]
@@ -71,7 +71,7 @@ def test_answers_are_those_of_questions_alone(
     model: Lvlm, data: ConceptDataset, options: dict[str, Any], batch_size: int
 ) -> None:
     result = answer(model, data, batch_size=batch_size, **options)
-    assert_equal(result, apart(model, data, **options))
+    assert_equal(result, answers_alone(model, data, **options))
     assert result.provenance["prefixes"] == "shared"
 
 
@@ -133,7 +133,7 @@ def test_conditions_share_prefixes_if_they_act_after_them(model: Lvlm, data: Con
     assert sum(pictures) == 5 * image  # two images once for three conditions; the single question's once for each
     every = answer_each(model, data, conditions)
     for name, context in conditions.items():
-        assert_equal(every[name], apart(model, data, context))
+        assert_equal(every[name], answers_alone(model, data, context))
         assert ("prefixes" in every[name].provenance) == (name in sharing)
         if name in sharing:
             assert_equal(late[name], list(every[name].answers))
@@ -144,4 +144,4 @@ def test_a_vector_that_is_applied_around_the_call_does_not_act_on_the_prefix(mod
         with steer(model, "last+generated")():
             result = answer(model, data, **options)
         assert result.provenance["prefixes"] == "shared"
-        assert_equal(result, apart(model, data, steer(model, "last+generated"), **options))
+        assert_equal(result, answers_alone(model, data, steer(model, "last+generated"), **options))

@@ -82,5 +82,5 @@ def test_answers_that_are_never_true_do_not_count() -> None:
 
 
 def test_questions_about_an_image_in_several_places_make_one_pair() -> None:
-    apart = [(0, "yes"), (1, "no"), (0, "no"), (2, "yes"), (1, "yes")]
-    assert pairs_of(apart, YES_NO, limit=9) == [(0, "yes"), (1, "no"), (2, "yes")]
+    scattered = [(0, "yes"), (1, "no"), (0, "no"), (2, "yes"), (1, "yes")]
+    assert pairs_of(scattered, YES_NO, limit=9) == [(0, "yes"), (1, "no"), (2, "yes")]

@@ -61,8 +61,10 @@ def test_a_wrong_word_of_a_caption_is_attributed_to_image_and_text(tmp_path: Pat
 
 def test_other_questions_come_before_other_prefixes(tmp_path: Path) -> None:
     model = load_lvlm("tiny")
-    asked = [e for e in gs.scenes.dataset(40) if e.kind == "color"][:3]
-    prefixed = (replace(e, prefix=f"a {word} and a") for e, word in zip(asked, ("car", "dog", "key"), strict=True))
+    color_questions = [e for e in gs.scenes.dataset(40) if e.kind == "color"][:3]
+    prefixed = (
+        replace(e, prefix=f"a {word} and a") for e, word in zip(color_questions, ("car", "dog", "key"), strict=True)
+    )
     data = gs.ConceptDataset("prefixed", tuple(prefixed))
     store = trace(model, data, ["resid_post"], ["last"], tmp_path / "store", progress=False)
     claims = {c.id: c for c in claims_of(store) if c is not None}

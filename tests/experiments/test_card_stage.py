@@ -45,7 +45,7 @@ def entry(files: Path, **more: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def made(files: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def card_run(files: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     safety = f"+card.safety.closed={files / 'safety.jsonl'}"
     return run(
         tmp_path_factory.mktemp("card"),
@@ -55,8 +55,8 @@ def made(files: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, s
     )
 
 
-def test_the_command_prints_and_writes_the_card(made: tuple[Path, str]) -> None:
-    folder, output = made
+def test_the_command_prints_and_writes_the_card(card_run: tuple[Path, str]) -> None:
+    folder, output = card_run
     card = EvaluationCard.load(folder / "card" / "card.json")
     assert card.models == ["tiny", "closed"]
     assert set(card.profiles) == {"uniform", "driving", "medical", "assistive", "mine"}
@@ -75,8 +75,8 @@ def test_the_command_prints_and_writes_the_card(made: tuple[Path, str]) -> None:
     assert (folder / "card" / "card.html").stat().st_size > 1000
 
 
-def test_a_second_run_finds_the_card_unchanged(made: tuple[Path, str], files: Path) -> None:
-    folder, _ = made
+def test_a_second_run_finds_the_card_unchanged(card_run: tuple[Path, str], files: Path) -> None:
+    folder, _ = card_run
     receipt = read_receipt(folder / "card")
     assert receipt is not None
     assert {"card.json", "card.csv", "card_answers.csv", "card.html"} <= set(receipt.files)

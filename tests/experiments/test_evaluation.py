@@ -237,14 +237,14 @@ def test_candidates_with_one_first_token_are_compared_by_their_texts(
     # After its first token, which they share, a candidate is one word: the order is that of the next token.
     model = load_lvlm("tiny")
     for row, example in zip(result.answers, user_function(f"{tmp_path}/mine.py:phrases")(), strict=True):
-        asked = replace(
+        continued = replace(
             example, prefix="the", answer=example.answer[4:], candidates=tuple(c[4:] for c in example.candidates)
         )
-        log_p = model.logits(model.collate([model.encode(asked)]))[0].log_softmax(-1)
+        log_p = model.logits(model.collate([model.encode(continued)]))[0].log_softmax(-1)
         scores = [
-            float(log_p[model.processor.tokenizer.encode(c, add_special_tokens=False)[0]]) for c in asked.candidates
+            float(log_p[model.processor.tokenizer.encode(c, add_special_tokens=False)[0]]) for c in continued.candidates
         ]
-        right = scores.pop(asked.candidates.index(asked.answer))
+        right = scores.pop(continued.candidates.index(continued.answer))
         assert row.margin == pytest.approx(right - max(scores), abs=1e-4)
 
 

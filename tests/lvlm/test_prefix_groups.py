@@ -42,10 +42,10 @@ QUESTIONS = ("Is there a dog?", "Is there a cat in the image? Is there a dog?", 
 def questions(*, system: str | None = None, suffix: str = "") -> list[Example]:
     """Three questions of different length about each of two images, and two about a third with another size."""
     images = [example(0), example(1), example(2, (100, 140))]
-    asked = [QUESTIONS, QUESTIONS, QUESTIONS[:2]]
+    questions_by_image = [QUESTIONS, QUESTIONS, QUESTIONS[:2]]
     return [
         replace(e, id=f"{e.id} {n}", question=text, system=system, suffix=suffix)
-        for e, texts in zip(images, asked, strict=True)
+        for e, texts in zip(images, questions_by_image, strict=True)
         for n, text in enumerate(texts)
     ]
 

@@ -374,17 +374,17 @@ def test_every_control_of_a_method_has_as_many_configurations_as_the_method(stee
 
 
 def test_a_search_derives_a_vector_once(steering: gs.DerivationData, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[str] = []
+    derived_names: list[str] = []
 
     def derive(name: str, data: gs.DerivationData) -> Any:
-        made.append(name)
+        derived_names.append(name)
         return derive_mitigation(name, data)
 
     monkeypatch.setattr("mitigation.arena.rows.derive_mitigation", derive)
     validation = gs.scenes.dataset(10, seed=7, splits=["conflict", "adversarial"])
     _, tried = choose_parameters("discriminant", steering, validation)
     assert [c.parameters["strength"] for c in tried] == [0.25, 0.5, 1.0, 1.5, 2.0]
-    assert made == ["discriminant"]
+    assert derived_names == ["discriminant"]
 
 
 def test_two_rows_with_one_name_are_refused(model: Lvlm, data: ConceptDataset) -> None:

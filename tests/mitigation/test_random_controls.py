@@ -153,9 +153,11 @@ def test_controls_that_do_not_fit_a_method_are_refused_before_work() -> None:
         RandomText(AdaptVis()).check(lvlm)
     with pytest.raises(ConfigError, match="VCD acts on no layers that could be replaced"):
         RandomLayers(VCD()).check(lvlm)
-    with pytest.raises(ConfigError, match="DeCo acts on no heads of its own choice"):
+    with pytest.raises(ConfigError, match="DeCo chooses no heads"):
         RandomHeads(DeCo()).check(lvlm)
-    with pytest.raises(ModelError, match=r"DeCo \(layers=\(0, 1, 2, 3\)\): the control needs 4 other layers, .* only 6 in all"):
+    with pytest.raises(
+        ModelError, match=r"DeCo \(layers=\(0, 1, 2, 3\)\): the control needs 4 other layers, .* only 6 in all"
+    ):
         RandomLayers(DeCo(layers=(0, 1, 2, 3))).check(lvlm)
 
 

@@ -135,7 +135,7 @@ def test_cached_steps_of_vista_have_the_logits_of_whole_passes(variant: Any) -> 
 
 @pytest.mark.parametrize("method", [VISTA(), MemVR(threshold=0)], ids=lambda m: m.label)
 def test_the_check_of_a_cache_does_not_depend_on_the_method_under_which_it_is_measured(method: Any) -> None:
-    """The hooks of both belong to the rows of one batch, and the check has rows of its own."""
+    """The hooks of both belong to the rows of one batch, and the check has other rows."""
     lvlm = wrap_lvlm(*build_new("llava"), name="new", validate=False)
     batch = next(lvlm.batches([example(0), example(1)], 2))
     with method.applied(lvlm):

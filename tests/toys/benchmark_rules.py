@@ -78,9 +78,9 @@ def reefknot_pairs(rows: Sequence[Row]) -> tuple[float, float, float]:
     first = second = both = 0
     for k in range(0, len(rows), 2):
         a, b = rows[k], rows[k + 1]
-        one = ("yes" if "yes" in a["response"].strip().lower() else "no") == a["label"].strip().lower()
-        two = ("no" if "no" in b["response"].strip().lower() else "yes") == b["label"].strip().lower()
-        first, second, both = first + one, second + two, both + (one and two)
+        first_right = ("yes" if "yes" in a["response"].strip().lower() else "no") == a["label"].strip().lower()
+        second_right = ("no" if "no" in b["response"].strip().lower() else "yes") == b["label"].strip().lower()
+        first, second, both = first + first_right, second + second_right, both + (first_right and second_right)
     return first / (len(rows) / 2), second / (len(rows) / 2), both / (len(rows) / 2)
 
 
@@ -139,8 +139,8 @@ def hallusion(data: Sequence[Row]) -> dict[str, float]:
     pairs = shares(data, *pair)
     easy = shares([r for r in data if r["visual_input"] != "2"], *pair)
     hard = shares([r for r in data if r["visual_input"] == "2"], *pair)
-    shown = [r for r in data if not (r["category"] == "VS" and str(r["figure_id"]) == "0")]
-    figures = shares(shown, "category", "subcategory", "set_id", "figure_id")
+    with_image = [r for r in data if not (r["category"] == "VS" and str(r["figure_id"]) == "0")]
+    figures = shares(with_image, "category", "subcategory", "set_id", "figure_id")
     said = [int(r["ok"] == int(r["gt_answer"])) for r in data]
     truth = [int(r["gt_answer"]) for r in data]
     bad = [int(r["gt_answer"]) for r in data if r["ok"] == 0]
@@ -374,8 +374,8 @@ def object_halbench(rows: Sequence[tuple[list[str], set[str], str]], classes: di
     """RLHF-V 3d35a91 after extraction: (different object words, true classes, answer)."""
     total = some = bad_answers = bad_words = words = hit = true = length = 0
     for objects, truth, answer in rows:
-        kept = [w for w in objects if w != "seat" or "toilet" not in objects]
-        nodes = [classes[w] for w in kept if w in classes]
+        objects_left = [w for w in objects if w != "seat" or "toilet" not in objects]
+        nodes = [classes[w] for w in objects_left if w in classes]
         wrong = [node for node in nodes if node not in truth]
         total, some, bad_answers = total + 1, some + (len(nodes) > 0), bad_answers + (len(wrong) > 0)
         bad_words, words = bad_words + len(wrong), words + len(nodes)

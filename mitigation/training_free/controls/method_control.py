@@ -72,10 +72,10 @@ class MethodControl(TrainingFree):
         check_parameters(cls, parameters)
         own = {f.name for f in fields(cls)} - {"of"}
         of = parameters.pop("of", cls.default_of[0])
-        drawn = {name: parameters.pop(name) for name in list(parameters) if name in own}
+        own_options = {name: parameters.pop(name) for name in list(parameters) if name in own}
         if isinstance(of, str):
             of = cls._method(of).derive(data, **parameters)
-        return cls(of=of, **{**cls._derived(data), **drawn})
+        return cls(of=of, **{**cls._derived(data), **own_options})
 
     @classmethod
     def _derived(cls, data: DerivationData) -> Mapping[str, Any]:

@@ -53,7 +53,7 @@ class RandomHeads(MethodControl):
     def _check(self, model: Lvlm) -> None:
         super()._check(model)
         if not isinstance(self.of, ADHH | SPIN):
-            msg = f"{self.label}: {self.of.name} acts on no heads of its own choice; choose from {', '.join(self.methods)}"
+            msg = f"{self.label}: {self.of.name} chooses no heads; choose from {', '.join(self.methods)}"
             raise ConfigError(msg)
 
     def _enter(self, model: Lvlm, stack: ExitStack) -> Decoder | None:
@@ -78,6 +78,6 @@ def random_stays(rows: AttentionRows, keep: float, seed: int) -> Tensor:
     stays = torch.zeros(1, heads, queries, dtype=torch.bool, device=rows.scores.device)
     for query in range(queries):
         rng = generator_of(seed, "heads", rows.layer, query - last)
-        drawn = rng.choice(heads, kept_count(keep, heads), replace=False)
-        stays[0, torch.as_tensor(drawn, dtype=torch.long, device=stays.device), query] = True
+        chosen_heads = rng.choice(heads, kept_count(keep, heads), replace=False)
+        stays[0, torch.as_tensor(chosen_heads, dtype=torch.long, device=stays.device), query] = True
     return stays

@@ -117,6 +117,6 @@ def text_layout(layout: RowLayout, seed: int) -> RowLayout:
     for row, (tokens, count) in enumerate(zip(text, layout.image.sum(1).tolist(), strict=True)):
         places = tokens.nonzero().flatten()
         rng = generator_of(seed, "text tokens", len(places), count)
-        drawn = rng.choice(len(places), min(count, len(places)), replace=False)
-        chosen[row, places[torch.as_tensor(drawn, dtype=torch.long, device=places.device)]] = True
+        chosen_places = rng.choice(len(places), min(count, len(places)), replace=False)
+        chosen[row, places[torch.as_tensor(chosen_places, dtype=torch.long, device=places.device)]] = True
     return _TextLayout(layout.branch, chosen, layout.valid, layout.prompt, layout.marks, layout)
