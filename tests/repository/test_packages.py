@@ -130,7 +130,13 @@ def test_every_list_of_packages_in_pyproject_is_complete() -> None:
     layers = {name.strip() for layer in contracts["ladder"]["layers"] for name in layer.split("|")}
     assert set(build["wheel"]["packages"]) == set(PACKAGES)
     assert {f"/{package}" for package in PACKAGES} <= set(build["sdist"]["include"])
-    assert set(shapes.partition("=")[2].split(",")) == {*LIBRARY, "tests.shapes.checked"}
+    declaring = {
+        module_name(path)
+        for package in PACKAGES
+        for path in source_files(package)
+        if "from jaxtyping" in path.read_text()
+    }
+    assert set(shapes.partition("=")[2].split(",")) == {*declaring, "tests.shapes.checked"}
     assert set(tool["ruff"]["lint"]["isort"]["known-first-party"]) == {*PACKAGES, "tests"}
     assert set(tool["pyright"]["include"]) == {*PACKAGES, "tests", "validation", "benchmarks"}
     assert set(tool["importlinter"]["root_packages"]) == set(PACKAGES)
@@ -200,10 +206,12 @@ def test_a_function_that_names_no_shape_takes_what_it_is_given() -> None:
     assert same("text") == "text"  # pyright: ignore[reportArgumentType]  # what a user should not give
 
 
-def test_packages_are_under_the_check() -> None:
-    from lvlm.sites import Site
+def test_modules_that_declare_shapes_are_under_the_check() -> None:
+    from circuits.results.statistics import spearman
 
-    assert hasattr(Site.parse, "__wrapped__"), "run the tests with the options of pyproject.toml"
+    assert hasattr(spearman, "__wrapped__"), "run the tests with the options of pyproject.toml"
+    with pytest.raises(TypeCheckError):
+        spearman(np.ones((2, 3)), np.ones((2, 4)))
 
 
 def functions_of(module: ModuleType) -> Iterator[typing.Any]:
