@@ -36,8 +36,8 @@ from activation_store import ActivationStore, trace
 from benchmarks._harness import describe_device, finish, option_parser, progress, wide_console
 from concepts import ConceptDataset, scenes
 from lvlm import load_lvlm
-from probes import ProbeGrid, fit_grid, lexical_control, probeable, transfer
-from probes.analysis import alignment, logit_lens
+from probes import ProbeGrid, alignment, fit_grid, lexical_control, probeable, transfer
+from probes.analysis import logit_lens
 
 SITES = ["resid_post", "vision.resid_post", "projector.out"]
 TOKENS = ["last", "image:mean", "object:mean", "question:mean"]
@@ -138,7 +138,7 @@ def measure(store: ActivationStore, blank: ActivationStore) -> dict[str, Any]:
         read: Any = logit_lens.object_readout(store, nouns, vocabulary, rows=neutral, resamples=200)
         auc = [round(float(v), 3) for v in read.groupby("layer")["auc"].mean()]
         figures["noun by the unembedding at image:mean, auc"] = {"value": auc, "n": int(read["n"].max())}
-    alike: Any = alignment.layerwise(store, text_store=blank, permutations=100)
+    alike: Any = alignment.layerwise(store, text_store=blank, permutations=199)
     for name, part in alike.groupby("measure"):
         figures[f"image and question tokens, {name}"] = {
             "value": [round(float(v), 3) for v in part["value"]],

@@ -7,7 +7,8 @@
 - `lexical_control`, `control_task`, `random_features`: baselines (`analysis.baselines`)
 - `transfer`, `multiclass`: the same probes on other data; choices among concepts (`analysis`)
 - `layer_trajectory`, `find_onsets`: where in the model a concept appears and vanishes (`analysis.trajectory`)
-- `alignment`, `logit_lens`: similarity of representations; the unembedding on a store
+- `alignment`: similarity of representations, a subpackage
+- `logit_lens`: the unembedding on a store (`analysis.logit_lens`)
 - `LogisticProbe`, `RidgeProbe`, …: the same probes as scikit-learn classifiers (`classifiers`)
 - `fit_logistic`, `LinearFit`: many logistic regressions, each with a proven bound (`solvers`)
 

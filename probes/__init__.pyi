@@ -1,6 +1,7 @@
 """Public names of `probes`, with the module that defines each."""
 
-from .analysis import alignment, logit_lens
+from . import alignment
+from .analysis import logit_lens
 from .analysis.baselines import control_task, lexical_control, random_features
 from .analysis.multiclass import multiclass
 from .analysis.permutation import Significance, permutation_test

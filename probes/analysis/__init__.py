@@ -1,9 +1,9 @@
-"""Analyze fitted probes, and compare representations.
+"""Analyze fitted probes, and read activations by the unembedding.
 
 - `permutation`, `baselines`: significance and controls of a grid
 - `transfer`, `multiclass`: a grid on other examples; choices among mutually exclusive concepts
 - `trajectory`: several grids in the order of the forward pass
-- `alignment`, `logit_lens`: measures without a fitted probe
+- `logit_lens`: a measure without a fitted probe
 - `reproduce_split`: the split of a grid, reproduced on its store
 """
 

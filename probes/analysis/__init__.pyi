@@ -1,5 +1,5 @@
 """Public modules of this wing."""
 
-from . import alignment, logit_lens
+from . import logit_lens
 
-__all__ = ["alignment", "logit_lens"]
+__all__ = ["logit_lens"]

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.linalg
+import torch
 
+from activation_store import ArrayInfo, Ragged
 from groundscope.core.errors import ProbeError, SiteError
-from probes.analysis import alignment
+from probes import alignment
+from probes.alignment.kernels import gram, join_grams
 from tests.toys.memory_store import MemoryStore
 
 
@@ -28,8 +33,14 @@ def test_rotated_and_scaled_copies_align_fully(x: np.ndarray) -> None:
         assert alignment.cka(x, 3 * rotated(x) + 5, unbiased=unbiased) == pytest.approx(1, abs=1e-12)
     assert alignment.mutual_knn(x, x) == 1
     assert alignment.mutual_knn(x, rotated(x), clamp=None) == 1
-    assert alignment.cosine(x, 2 * x) == pytest.approx(1)
-    assert alignment.cosine(x, -x) == pytest.approx(-1)
+    assert alignment.cosine(x, 2 * x + 5) == pytest.approx(1)
+    assert alignment.cosine(x, 5 - x) == pytest.approx(-1)
+    noisy = x + np.random.default_rng(9).normal(size=x.shape)
+    assert alignment.cosine(rotated(x), rotated(3 * noisy + 1)) == pytest.approx(alignment.cosine(x, noisy), abs=1e-12)
+    assert alignment.cosine(x, x + 100, centered=False) < 0.5
+    assert alignment.cknna(x, 3 * rotated(x), clamp=None) == pytest.approx(1, abs=1e-12)
+    assert (alignment.retrieval(x, 2 * x + 5).image_to_text == 1).all()
+    assert alignment.frechet_distance(rotated(3 * x), rotated(3 * x)) == pytest.approx(0, abs=1e-12)
     assert alignment.modality_gap(x, x) == 0
 
 
@@ -119,24 +130,222 @@ def test_the_gap_is_the_distance_of_the_means_of_unit_rows(x: np.ndarray) -> Non
     assert alignment.modality_gap(x, y) == pytest.approx(np.linalg.norm(naive))
 
 
-def test_permutation_baselines_separate_paired_from_unpaired_rows(x: np.ndarray) -> None:
+def naive_ranks(x: np.ndarray, y: np.ndarray, images: list[str]) -> tuple[list[int], list[int]]:
+    """Loops over queries; a wrong candidate at least as near as the right one is ranked before it."""
+
+    def unit(values: np.ndarray) -> list[np.ndarray]:
+        centered = values - sum(values) / len(values)
+        return [row / math.sqrt(sum(v * v for v in row)) for row in centered]
+
+    a, b, names = unit(x), unit(y), sorted(set(images), key=images.index)
+    picture = {name: a[images.index(name)] for name in names}
+    to_text, to_image = [], []
+    for name in names:
+        own = max(float(picture[name] @ b[n]) for n in range(len(y)) if images[n] == name)
+        wrong = [n for n in range(len(y)) if images[n] != name and float(picture[name] @ b[n]) >= own - 1e-12]
+        to_text.append(1 + len(wrong))
+    for n, name in enumerate(images):
+        own = float(picture[name] @ b[n])
+        to_image.append(1 + sum(float(picture[o] @ b[n]) >= own - 1e-12 for o in names if o != name))
+    return to_text, to_image
+
+
+def test_ranks_of_several_captions_an_image_equal_a_naive_loop_with_ties_against() -> None:
+    rng = np.random.default_rng(7)
+    names = [f"i{i}" for i in rng.integers(0, 12, size=40)]
+    picture = {name: rng.normal(size=6) for name in set(names)}
+    picture[names[1]] = picture[names[0]]  # two images with one vector
+    x = np.array([picture[name] for name in names])
+    y = x + rng.normal(size=x.shape)
+    y[3] = y[5]
+    ranks = alignment.retrieval(x, y, names)
+    to_text, to_image = naive_ranks(x, y, names)
+    assert ranks.image_to_text.tolist() == to_text
+    assert ranks.text_to_image.tolist() == to_image
+    assert len(set(to_text)) > 3
+    assert alignment.recall_at(ranks.text_to_image, 5) == sum(r <= 5 for r in to_image) / 40
+    # Equal vectors everywhere: every other candidate is a tie, and counts against.
+    assert (alignment.retrieval(x, np.ones((40, 6))).text_to_image == 40).all()
+
+
+def naive_cknna(x: np.ndarray, y: np.ndarray, k: int) -> float:
+    """Dense masks and matrix products in the form of the released code, in float64."""
+
+    def unit(values: np.ndarray) -> np.ndarray:
+        limit = sum(sorted_quantile(np.abs(row), 0.95) for row in values) / len(values)
+        return np.array([row / np.sqrt(row @ row) for row in np.clip(values, -limit, limit)])
+
+    def mask(values: np.ndarray) -> np.ndarray:
+        out = np.zeros((len(values), len(values)))
+        for i, near in enumerate(naive_knn(values, k, 0.95)):
+            out[i, sorted(near)] = 1
+        return out
+
+    def hsic(a: np.ndarray, b: np.ndarray) -> float:
+        m = len(a)
+        total = np.trace(a @ b) + a.sum() * b.sum() / ((m - 1) * (m - 2)) - 2 * (a @ b).sum() / (m - 2)
+        return total / (m * (m - 3))
+
+    a, b = unit(x) @ unit(x).T, unit(y) @ unit(y).T
+    p, q = mask(x), mask(y)
+    return hsic(p * q * a, p * q * b) / math.sqrt(hsic(p * a, p * a) * hsic(q * b, q * b))
+
+
+def test_kernels_of_neighbors_equal_dense_masks(x: np.ndarray) -> None:
+    y = x[:, :20] + np.random.default_rng(8).normal(size=(120, 20))
+    for k in (2, 5, 10):
+        assert alignment.cknna(x, y, k) == pytest.approx(naive_cknna(x, y, k), abs=1e-12)
+    assert abs(alignment.cknna(x, y, 10) - alignment.cka(x, y)) > 0.01
+
+
+def test_shortcuts_of_permutations_equal_the_measures_on_permuted_rows(x: np.ndarray) -> None:
+    """Every measure, joined once and then permuted, against the measure of rows that are really permuted."""
+    rng = np.random.default_rng(10)
+    y = x + rng.normal(size=x.shape)
+    images = alignment.ImageRows.of(range(120))
+    settings = alignment.Settings(k=7)
+    plain = {
+        "cosine": alignment.cosine,
+        "cka": alignment.cka,
+        "cka_biased": lambda a, b: alignment.cka(a, b, unbiased=False),
+        "cknna": lambda a, b: naive_cknna(a, b, 7),
+        "mutual_knn": lambda a, b: alignment.mutual_knn(a, b, 7),
+    }
+    moved = rng.permutation(120)
+    for name, function in plain.items():
+        measure = alignment.measures[name]
+        values = measure.join(measure.prepare(x, images, settings), measure.prepare(y, images, settings), images)
+        for order in (np.arange(120), moved):
+            assert values(order)[0] == pytest.approx(function(x, y[order]), abs=1e-12), name
+    retrieval = alignment.measures["retrieval"]
+    a, b = (retrieval.prepare(side, images, settings) for side in (x, y))
+    values = retrieval.join(a, b, images)(moved)
+    to_text, to_image = naive_ranks(x, y[moved], [str(i) for i in range(120)])
+    assert values == pytest.approx([np.mean(np.array(r) <= k) for r in (to_text, to_image) for k in (1, 5, 10)])
+    # The unbiased estimate in its form for permutations, of kernels that were not centered in the same way.
+    assert join_grams(gram(x + 3), gram(y))(moved) == pytest.approx(alignment.cka(x, y[moved]), abs=1e-12)
+
+
+def test_images_take_all_captions_of_another_image_with_as_many() -> None:
+    names = ["a", "b", "a", *[f"s{i}" for i in range(12)], "b"]
+    images = alignment.ImageRows.of(names)
+    draws = images.permutations(199, seed=0)
+    exchanged = 0
+    for moved in draws:
+        rows = images.rows(moved)
+        assert sorted(rows) == list(range(len(names)))
+        sources = {name: {names[r] for n, r in zip(names, rows, strict=True) if n == name} for name in names}
+        assert all(len(s) == 1 for s in sources.values())  # never the captions of two images
+        assert sources["a"] | sources["b"] == {"a", "b"}
+        exchanged += sources["a"] == {"b"}
+        rows_of_a = [r for n, r in zip(names, rows, strict=True) if n == "a"]
+        assert rows_of_a in ([0, 2], [1, 15])
+    assert 70 < exchanged < 130
+    with pytest.raises(ProbeError, match="2 images can exchange captions"):
+        alignment.ImageRows.of(["a", "b", "c", "c"]).permutations(199, seed=0)
+
+
+def test_nulls_separate_paired_from_unpaired_rows_and_the_gap_has_an_interval(x: np.ndarray) -> None:
     rng = np.random.default_rng(5)
-    paired = alignment.compare(x, x + 0.5 * rng.normal(size=x.shape), permutations=99).set_index("measure")
-    unpaired = alignment.compare(x, rng.normal(size=x.shape), permutations=99).set_index("measure")
-    for name in ("cosine", "mutual_knn", "cka_biased", "cka_unbiased"):
-        assert paired.loc[name, "p"] == 0.01
+    y = x + 0.5 * rng.normal(size=x.shape)
+    paired = alignment.compare(x, y).set_index("measure")
+    unpaired = alignment.compare(x, rng.normal(size=x.shape)).set_index("measure")
+    for name in ("cosine", "mutual_knn", "cka", "cknna", "image_to_text@1", "text_to_image@10"):
+        assert paired.loc[name, "p"] == 1 / 200
         assert paired.loc[name, "value"] > paired.loc[name, "baseline"] + 4 * paired.loc[name, "baseline_sd"]
         assert unpaired.loc[name, "p"] > 0.01
-        function = alignment.MEASURES[name]
-        assert paired.loc[name, "value"] == pytest.approx(
-            function(x, x + 0.5 * np.random.default_rng(5).normal(size=x.shape))
-        )
-    assert unpaired.loc["modality_gap", "p"] > 0.01
-    gap = alignment.compare(x, x + 1, permutations=99).set_index("measure").loc["modality_gap"]
-    assert gap["p"] == 0.01
-    other_width = alignment.compare(x, x[:, :9], permutations=9).set_index("measure")
+        assert np.isnan(paired.loc[name, "low"])
+    gap = alignment.compare(x, x + 1, measures=["modality_gap"]).iloc[0]
+    assert np.isnan(gap["p"])
+    assert gap["low"] < gap["value"] < gap["high"] < gap["low"] + 0.3
+    other_width = alignment.compare(x, x[:, :9], permutations=0).set_index("measure")
     assert np.isnan(other_width.loc["cosine", "value"])
-    assert other_width.loc["cka_unbiased", "value"] > 0.3
+    assert np.isnan(other_width.loc["text_to_image@5", "value"])
+    assert other_width.loc["cka", "value"] > 0.3
+
+
+def test_equal_permuted_values_count_as_at_least_as_high() -> None:
+    """Eleven captions that are all the same: every permutation ties, so p is 1."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(15, 4))
+    same = np.repeat(rng.normal(size=(1, 4)), 15, axis=0)
+    table = alignment.compare(x, same, measures=["cosine", "retrieval"]).set_index("measure")
+    assert (table["p"] == 1).all()
+
+
+def transcribed_distance(image: np.ndarray, text: np.ndarray, variant: str) -> float:
+    """The formulas of MIR with torch's medians and scipy's root."""
+
+    def treat(values: np.ndarray) -> np.ndarray:
+        data = torch.tensor(values)
+        norms = torch.linalg.vector_norm(data, dim=-1)
+        outliers = torch.abs(norms - torch.median(norms)) > 3 * torch.std(norms)
+        assert outliers.any()
+        if variant == "paper":
+            return data[~outliers].numpy()
+        middle = torch.median(data, dim=0).values
+        return torch.where(outliers[:, None], middle, data).numpy()
+
+    scale = 1 / np.sqrt((text**2).sum(1)).mean()
+    v, t = treat(scale * image), treat(scale * text)
+    a, b = np.cov(v.T), np.cov(t.T)
+    root = a @ b if variant == "release_fast" else scipy.linalg.sqrtm(a @ b).real
+    return float(((v.mean(0) - t.mean(0)) ** 2).sum() + np.trace(a) + np.trace(b) - 2 * np.trace(root))
+
+
+@pytest.mark.parametrize("variant", ["paper", "release", "release_fast"])
+def test_the_integration_rate_equals_a_transcription(variant: Any) -> None:
+    rng = np.random.default_rng(11)
+    for image, text in ((301, 200), (30, 24)):  # more tokens than features, and fewer
+        v = rng.normal(size=(image, 24)) @ rng.normal(size=(24, 24)) + 1
+        t = rng.normal(size=(text, 24)) * np.linspace(0.1, 3, 24)
+        v[3] *= 40
+        t[5] *= 40
+        expected = transcribed_distance(v, t, variant)
+        assert alignment.frechet_distance(v, t, variant) == pytest.approx(expected, rel=1e-6 if image == 30 else 1e-9)
+    assert alignment.mir_of([4.0, 6.0]) == 1
+
+
+def test_the_integration_rate_has_its_known_values() -> None:
+    """Two samples of one distribution: near 0, but growing with width over tokens; the released iteration sees 2."""
+    rng = np.random.default_rng(12)
+    for width, expected, tolerance in ((10, 0.03, 0.01), (100, 0.26, 0.02), (400, 0.88, 0.02)):
+        mean = np.mean([alignment.frechet_distance(*rng.normal(size=(2, 200, width))) for _ in range(3)])
+        assert mean == pytest.approx(expected, abs=tolerance)
+    image, text = rng.normal(size=(2, 6_000, 200))
+    assert alignment.frechet_distance(image, text) == pytest.approx(0.017, abs=0.001)
+    assert alignment.frechet_distance(image, text, "release_fast") == pytest.approx(1.995, abs=0.015)
+
+
+class TokenStore(MemoryStore):
+    """Every token of sequences: lists of [T_i, L, D] by token selection."""
+
+    def __init__(self, table: pd.DataFrame, tokens: dict[str, list[np.ndarray]]) -> None:
+        super().__init__(table, {})
+        self.arrays = tuple(ArrayInfo("decoder", "resid_post", name, 2, 5, ragged=True) for name in tokens)
+        self.tokens = tokens
+
+    def ragged(self, site: str, tokens: str, head: int | None = None, examples: Any = None) -> Ragged:
+        layer = int(site.split(".")[1][1:])
+        return Ragged.of([self.tokens[tokens][i][:, layer] for i in examples])
+
+
+def test_the_integration_rate_of_a_store_pools_tokens_and_sums_layers() -> None:
+    rng = np.random.default_rng(13)
+    n = 24
+    table = pd.DataFrame({"id": [f"q{i}" for i in range(n)], "group": [f"g{i // 2}" for i in range(n)]})
+    image = [rng.normal(size=(9, 2, 5)) + 0.5 for _ in range(n)]
+    text = [rng.normal(size=(int(rng.integers(3, 8)), 2, 5)) for _ in range(n)]
+    store = TokenStore(table, {"image:all": image, "suffix:all": text})
+    used = np.arange(n) < 20
+    rate = alignment.mir(store, rows=used, resamples=60)
+    pooled = [np.concatenate(part[:20]).astype(np.float32) for part in (image, text)]
+    expected = [alignment.frechet_distance(pooled[0][:, layer], pooled[1][:, layer]) for layer in (0, 1)]
+    assert rate.distances == pytest.approx(expected)
+    assert rate.value == pytest.approx(math.log10(sum(expected)))
+    assert (rate.image_tokens, rate.text_tokens, rate.n_images) == (180, len(pooled[1]), 10)
+    assert rate.low < rate.value < rate.high < rate.low + 1
+    assert rate.table()["image_tokens"].tolist() == [180, 180]
 
 
 def test_layers_of_a_store_one_example_a_group() -> None:
@@ -151,11 +360,11 @@ def test_layers_of_a_store_one_example_a_group() -> None:
     store = MemoryStore(
         table, {("decoder", "resid_post", "image:mean"): image, ("decoder", "resid_post", "question:mean"): text}
     )
-    scores = alignment.layerwise(store, joint=True, permutations=49).set_index(["layer", "measure"])
+    scores = alignment.layerwise(store, joint=True, permutations=199).set_index(["layer", "measure"])
     assert (scores["n"] == groups - 1).all()
     assert scores.loc[(1, "mutual_knn"), "value"] > 0.7
-    assert scores.loc[(1, "cka_unbiased"), "value"] > 0.9
-    assert abs(scores.loc[(0, "cka_unbiased"), "value"]) < 0.2
+    assert scores.loc[(1, "cka"), "value"] > 0.9
+    assert abs(scores.loc[(0, "cka"), "value"]) < 0.2
     assert scores.loc[(0, "mutual_knn"), "p"] > 0.02
     with pytest.raises(SiteError, match="mlp_out"):
         alignment.layerwise(store, "mlp_out", joint=True)
@@ -182,9 +391,9 @@ def test_an_image_is_compared_with_a_text_that_does_not_attend_to_it() -> None:
     alone = alignment.layerwise(store, text_store=blank, permutations=0).set_index("measure")
     assert set(joint["text"]) == {"joint"}
     assert set(alone["text"]) == {"alone"}
-    assert joint.loc["cka_unbiased", "value"] > 0.9
+    assert joint.loc["cka", "value"] > 0.9
     expected = alignment.cka(image[:, 0].astype(np.float32), words[:, 0].astype(np.float32))
-    assert alone.loc["cka_unbiased", "value"] == pytest.approx(expected, abs=1e-6)
+    assert alone.loc["cka", "value"] == pytest.approx(expected, abs=1e-6)
     assert abs(expected) < 0.3
     with pytest.raises(ProbeError, match="no example 'q5'"):
         alignment.layerwise(store, text_store=MemoryStore(table.iloc[:5], {k: v[:5] for k, v in blank.values.items()}))
@@ -200,7 +409,16 @@ def test_bad_input_is_refused(x: np.ndarray) -> None:
         (lambda: alignment.mutual_knn(x, x, k=120), "k=120 neighbors of 120 rows"),
         (lambda: alignment.modality_gap(x, x[:, :5]), "rows of equal width"),
         (lambda: alignment.compare(x, broken), "must be finite"),
-        (lambda: alignment.compare(x, x, measures=["charm"]), "choose from cosine, mutual_knn"),
+        (lambda: alignment.compare(x, x, measures=["charm"]), "choose from cosine, retrieval"),
+        (lambda: alignment.compare(x, x, permutations=50), "must be 0 or at least 199"),
+        (lambda: alignment.compare(x[:10], x[:10]), "retrieval with k=10 needs 11 images, got 10"),
+        (lambda: alignment.compare(x[:20], x[:20], k=30, measures=["mutual_knn"]), "needs 31 images, got 20"),
+        (lambda: alignment.compare(x, x, k=1), "at least 2 neighbors"),
+        (lambda: alignment.compare(x, x, ["a"]), "1 image of 120 rows"),
+        (lambda: alignment.cknna(x, x, 1), "at least 2 neighbors"),
+        (lambda: alignment.frechet_distance(x, x, "fast"), "unknown variant 'fast' of MIR"),  # type: ignore[arg-type]
+        (lambda: alignment.frechet_distance(x[:1], x), "at least 2 image"),
+        (lambda: alignment.frechet_distance(x, 0 * x), "not all 0"),
     ):
         with pytest.raises(ProbeError, match=message):
             call()

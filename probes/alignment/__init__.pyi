@@ -1,0 +1,38 @@
+"""Public names of `probes.alignment`, with the module that defines each."""
+
+from .comparison import compare
+from .gap import modality_gap
+from .integration_rate import IntegrationRate, MirVariant, frechet_distance, mir, mir_of
+from .kernels import cka, cknna, hsic_biased, hsic_unbiased
+from .layers import layerwise
+from .measures import Measure, Settings, measures
+from .neighbors import mutual_knn, neighbor_overlap
+from .pairing import ImageRows
+from .retrieval_ranks import RetrievalRanks, recall_at, retrieval
+from .row_cosine import cosine, row_cosines
+
+__all__ = [
+    "ImageRows",
+    "IntegrationRate",
+    "Measure",
+    "MirVariant",
+    "RetrievalRanks",
+    "Settings",
+    "cka",
+    "cknna",
+    "compare",
+    "cosine",
+    "frechet_distance",
+    "hsic_biased",
+    "hsic_unbiased",
+    "layerwise",
+    "measures",
+    "mir",
+    "mir_of",
+    "modality_gap",
+    "mutual_knn",
+    "neighbor_overlap",
+    "recall_at",
+    "retrieval",
+    "row_cosines",
+]
