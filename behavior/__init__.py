@@ -19,7 +19,7 @@ Benchmarks:
     MME: accuracy of each subtask over questions and over images.
 `amber`
     AMBER: does the model deny false claims?
-`chair`, `chair_release`
+`chair`, `chair_released_objects`
     CHAIR: objects that captions name but the image does not contain.
 `benchmarks`
     Benchmarks in their released files: questions, answer files and verdicts, scored by the released rules.

@@ -14,7 +14,7 @@ from torch import Tensor
 from behavior.matching import DEFAULT_MATCH, matches_answer
 from behavior.parsing import Parser, judge_text, parsers_of
 from behavior.question_batches import QuestionBatch, question_batches, sharing_conditions
-from behavior.repetition import repeat_sampled
+from behavior.repeated_sampling import repeat_sampled
 from behavior.result import Answer, BehaviorResult, Cost
 from behavior.score_names import FIRST_TOKEN, check_score
 from behavior.text_scores import candidate_tokens, score_texts

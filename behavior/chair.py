@@ -164,7 +164,7 @@ def chair(
     >>> result.captions[0].mentioned, result.captions[0].hallucinated, result.chair_i.value
     (('person', 'dog'), ('dog',), 0.5)
     """
-    from behavior.chair_release import released_objects
+    from behavior.chair_released_objects import released_objects
     from groundscope.core.statistics import estimate
 
     if variant not in VARIANTS:

@@ -13,7 +13,7 @@ import numpy as np
 
 from behavior.chair import COCO_CATEGORIES, COCO_PHRASES, COCO_SYNONYMS, ChairResult, chair, score_captions
 from behavior.comparison import change_estimate
-from behavior.repetition import repeat_sampled
+from behavior.repeated_sampling import repeat_sampled
 from behavior.result import Answer, BehaviorResult
 from concepts.combination import dataset_parts
 from concepts.nouns import canonical_noun

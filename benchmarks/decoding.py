@@ -49,7 +49,7 @@ from lvlm.encoding.encode import Batch
 from lvlm.generation import greedy
 from mitigation.method_data import DerivationData
 from mitigation.protocol import Mitigation
-from mitigation.training_free.table import training_free_methods
+from mitigation.training_free.registry import training_free_methods
 
 FIRST = {
     **dict.fromkeys(("icd", "avisc"), 2.0), **dict.fromkeys(("vcd", "ritual"), 2.15),

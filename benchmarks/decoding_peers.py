@@ -46,7 +46,7 @@ from lvlm.decoding.loop import DecodingRun, prompts_of
 from lvlm.encoding.encode import Batch
 from mitigation.method_data import DerivationData
 from mitigation.protocol import Mitigation
-from mitigation.training_free.table import training_free_methods
+from mitigation.training_free.registry import training_free_methods
 
 GOALS = {"vcd": 1.3, "icd": 1.3, "m3id": 1.3, "only": 1.6, "opera": 2.0, "pai": None}
 OPTIONS = {"icd": {"place": "after image"}}

@@ -42,12 +42,12 @@ from experiments.config import SteerConfig
 from experiments.stages.steer import CAPTIONS, CAUTION
 from lvlm import load_lvlm
 from mitigation import SteeringVector, derive
+from mitigation.free_text_prompts import FreeTextPrompts
 from mitigation.guard import guard_limits
 from mitigation.guard_loss import measure_guards
-from mitigation.outcome import Outcome, combine_outcomes
+from mitigation.model_outputs import ModelOutputs, combine_outputs
 from mitigation.published_methods import preserved
 from mitigation.strength import PRIOR_ERRORS, answer_under, choose_guarded, sweep_strengths
-from mitigation.text_probe import TextProbe
 
 STRENGTHS = tuple(SteerConfig().exportable_strengths)
 SHORT = {"wrong_by_prior": PRIOR_ERRORS[0], "false_yes": PRIOR_ERRORS[1]}
@@ -89,7 +89,7 @@ def run_seed(seed: int, images: int, test_images: int, captions: int) -> dict[st
     _, chosen = choose_guarded(
         model,
         {"v": (vector, sweep)},
-        TextProbe.of(model, second, captions=CAPTIONS),
+        FreeTextPrompts.of(model, second, captions=CAPTIONS),
         limits=limits,
         caution=CAUTION,
         progress=False,
@@ -100,9 +100,9 @@ def run_seed(seed: int, images: int, test_images: int, captions: int) -> dict[st
     vectors |= {"random direction": vector.randomized(seed), "exchanged answers": control.scaled(chosen["strength"])}
     data = scenes.dataset(test_images, seed=1000 + seed).filter(lambda e: bool(e.candidates))
     results = answer_under(model, data, vectors, progress=False)
-    probe = TextProbe.of(model, scenes.dataset(captions, seed=2000 + seed), captions=captions)
-    before = combine_outcomes(Outcome(data, results["before"]), probe.outcome(model, None))
-    after = combine_outcomes(Outcome(data, results["vector"]), probe.outcome(model, vector))
+    prompts = FreeTextPrompts.of(model, scenes.dataset(captions, seed=2000 + seed), captions=captions)
+    before = combine_outputs(ModelOutputs(data, results["before"]), prompts.outputs(model, None))
+    after = combine_outputs(ModelOutputs(data, results["vector"]), prompts.outputs(model, vector))
     measured = measure_guards(before, after)
     errors = {run: {n: _rate(result, n) for n in PRIOR_ERRORS} for run, result in results.items()}
     return {

@@ -26,7 +26,7 @@
     Grammar and synonyms of English nouns.
 `object_mentions`
     Words of a text, and the objects that it mentions.
-`mention_labels`, `written_text`
+`mention_labels`, `answer_prefix`
     Texts of a model as the prefixes of examples, with the objects that they mention.
 """
 

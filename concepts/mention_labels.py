@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+from concepts.answer_prefix import join_words
 from concepts.mention import Mention
 from concepts.object_mentions import caption_lexicon, find_mentions, normalize_words
 from concepts.schema import ConceptDataset, Example
-from concepts.written_text import join_words
 from groundscope.core.errors import DataError
 
 

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from experiments.config import STAGES, RunConfig
-from experiments.results.scores import describe_answers, describe_arena, describe_card
+from experiments.results.score_tables import describe_answers, describe_arena, describe_card
 from experiments.run import stage_cache
 from experiments.run.context import Context
 from experiments.run.folder import (

@@ -5,7 +5,7 @@ Loading a model, one module per step:
 1. `lvlm.loading`: `load_lvlm` reads configuration, weights and processor; `lvlm.load_checks` rejects incomplete or damaged ones.
 2. `lvlm.family`: the spec of the family by model type (`registry`), with missing paths found by `module_detection`.
 3. `lvlm.model`: `Lvlm`, the loaded model.
-4. `lvlm.spec_validation`: one forward pass checks that the spec's paths are right.
+4. `lvlm.identity_checks`: one forward pass checks that the spec's paths are right.
 
 Running an example, one module per step:
 

@@ -21,6 +21,7 @@ from lvlm.embedded_models import EMBEDDED, folder_of
 from lvlm.encoding.processor import assemble
 from lvlm.family.registry import family
 from lvlm.family.specification import FamilySpec
+from lvlm.identity_checks import validate_once
 from lvlm.load_checks import check_loading, check_pixels, check_sizes, unwrap
 from lvlm.load_options import (
     AUTO,
@@ -35,7 +36,6 @@ from lvlm.load_options import (
 from lvlm.model import Lvlm
 from lvlm.model_files import resolved_revision
 from lvlm.prompting import check_placeholder
-from lvlm.spec_validation import validate_once
 
 _LOG = logging.getLogger(__name__)
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt")
@@ -112,7 +112,7 @@ def load_lvlm(
     trust_remote_code
         Whether to run the code in the model's folder.
     validate
-        Whether to run `lvlm.spec_validation.validate` on one small example, unless this process has already checked the same
+        Whether to run `lvlm.identity_checks.validate` on one small example, unless this process has already checked the same
         spec with the same configuration.
 
     Raises

@@ -7,11 +7,12 @@ from .arena.run import ArenaOptions, run_arena
 from .detectors.lure import lure_scores
 from .detectors.metatoken import classify_mentions, metatoken_features
 from .detectors.scores import MentionScores
+from .free_text_prompts import FreeTextPrompts
 from .guard import Guard, guard_limits, guards
 from .guard_loss import GuardResult, measure_guards
 from .method_data import DerivationData
 from .methods import CONTROLS, MitigationMethod, mitigations
-from .outcome import Outcome
+from .model_outputs import ModelOutputs
 from .preference import (
     Adapter,
     PreferenceData,
@@ -39,11 +40,10 @@ from .steering.controls import match_displacement, move_to_heads
 from .steering.export import Capability, Export, exports
 from .steering.vector import SteeringVector, combine
 from .strength import answer_under, choose_guarded, choose_strength, sweep_strengths
-from .text_probe import TextProbe
 from .training_free.composition import compose
 from .training_free.method import TrainingFree
 from .training_free.methods.augment import augment
-from .training_free.table import training_free_methods
+from .training_free.registry import training_free_methods
 
 __all__ = [
     "CONTROLS",
@@ -57,13 +57,14 @@ __all__ = [
     "DerivationData",
     "Export",
     "ForwardCost",
+    "FreeTextPrompts",
     "Guard",
     "GuardResult",
     "HarmRefusal",
     "MentionScores",
     "Mitigation",
     "MitigationMethod",
-    "Outcome",
+    "ModelOutputs",
     "PreferenceData",
     "PreferenceFormat",
     "PreferencePair",
@@ -72,7 +73,6 @@ __all__ = [
     "RefusalCalibration",
     "SentenceTree",
     "SteeringVector",
-    "TextProbe",
     "TrainingFree",
     "TuneOptions",
     "Tuning",

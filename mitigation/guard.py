@@ -21,7 +21,7 @@ from behavior.result import Answer
 from groundscope.core.errors import ConfigError
 from groundscope.core.registry import Registry
 from groundscope.core.text import nearest
-from mitigation.outcome import Outcome
+from mitigation.model_outputs import ModelOutputs
 
 Worse = Literal["lower", "higher", "farther from 0", "another length"]
 MAX_DROP = 0.015
@@ -44,8 +44,8 @@ class Guard:
 
     label: str
     """Name in tables."""
-    rows: Callable[[Outcome, Outcome], Rows | None]
-    """From an outcome and that of the model without correction to the rows of the ratio; None if the data do not have it."""
+    rows: Callable[[ModelOutputs, ModelOutputs], Rows | None]
+    """The rows of the ratio, from the outputs with a correction and those without; None if the data have no such questions."""
     worse: Worse
     """Direction of a loss. ``another length`` is the relative change in either direction."""
     limit: float
@@ -72,11 +72,11 @@ class Guard:
 
 def _rate_of(
     includes: Callable[[Answer], bool], counts: Callable[[Answer], bool]
-) -> Callable[[Outcome, Outcome], Rows | None]:
+) -> Callable[[ModelOutputs, ModelOutputs], Rows | None]:
     """Return the rows of a rate over some answers."""
 
-    def rows(outcome: Outcome, _before: Outcome) -> Rows | None:
-        answers = [a for a in outcome.answers.answers if includes(a)]
+    def rows(outputs: ModelOutputs, _before: ModelOutputs) -> Rows | None:
+        answers = [a for a in outputs.answers.answers if includes(a)]
         if not answers:
             return None
         table = np.column_stack([[float(counts(a)) for a in answers], np.ones(len(answers))])
@@ -95,30 +95,30 @@ def _is_other(answer: Answer) -> bool:
     return answer.correct is not None and not aimed
 
 
-def _yes_beyond(outcome: Outcome, _before: Outcome) -> Rows | None:
-    answers = [a for a in outcome.answers.answers if set(a.candidates) == {"yes", "no"}]
+def _yes_beyond(outputs: ModelOutputs, _before: ModelOutputs) -> Rows | None:
+    answers = [a for a in outputs.answers.answers if set(a.candidates) == {"yes", "no"}]
     if not answers:
         return None
     beyond = [float(a.given == "yes") - float(a.answer == "yes") for a in answers]
     return np.column_stack([beyond, np.ones(len(answers))]), [a.group for a in answers]
 
 
-def _captions(outcome: Outcome) -> list[Answer]:
-    return [a for a in outcome.answers.answers if a.kind == "caption" and a.text is not None]
+def _captions(outputs: ModelOutputs) -> list[Answer]:
+    return [a for a in outputs.answers.answers if a.kind == "caption" and a.text is not None]
 
 
-def _scored(outcome: Outcome) -> tuple[ChairResult, Mapping[str, str]] | None:
+def _scored(outputs: ModelOutputs) -> tuple[ChairResult, Mapping[str, str]] | None:
     """Return the scores of captions and the group of each; None without captions of annotated images."""
-    annotated = {e.id for e in outcome.data if e.kind == "caption" and e.objects}
-    captions = [a for a in _captions(outcome) if a.id in annotated]
+    annotated = {e.id for e in outputs.data if e.kind == "caption" and e.objects}
+    captions = [a for a in _captions(outputs) if a.id in annotated]
     if not captions:
         return None
-    scores = score_dataset_captions(BehaviorResult(tuple(captions), outcome.answers.cost), outcome.data)
+    scores = score_dataset_captions(BehaviorResult(tuple(captions), outputs.answers.cost), outputs.data)
     return scores, {a.id: a.group for a in captions}
 
 
-def _invented(outcome: Outcome, _before: Outcome) -> Rows | None:
-    scored = _scored(outcome)
+def _invented(outputs: ModelOutputs, _before: ModelOutputs) -> Rows | None:
+    scored = _scored(outputs)
     if scored is None:
         return None
     scores, groups = scored
@@ -126,8 +126,8 @@ def _invented(outcome: Outcome, _before: Outcome) -> Rows | None:
     return table, [groups[c.id] for c in scores.captions]
 
 
-def _named(outcome: Outcome, _before: Outcome) -> Rows | None:
-    scored = _scored(outcome)
+def _named(outputs: ModelOutputs, _before: ModelOutputs) -> Rows | None:
+    scored = _scored(outputs)
     if scored is None:
         return None
     scores, groups = scored
@@ -136,18 +136,18 @@ def _named(outcome: Outcome, _before: Outcome) -> Rows | None:
     return table, [groups[c.id] for c in scores.captions]
 
 
-def _words(outcome: Outcome, _before: Outcome) -> Rows | None:
-    captions = _captions(outcome)
+def _words(outputs: ModelOutputs, _before: ModelOutputs) -> Rows | None:
+    captions = _captions(outputs)
     if not captions:
         return None
     table = np.array([[len((a.text or "").split()), 1.0] for a in captions])
     return table, [a.group for a in captions]
 
 
-def _agreement(outcome: Outcome, before: Outcome) -> Rows | None:
-    if outcome.plain_text is None or before.plain_text is None:
+def _agreement(outputs: ModelOutputs, before: ModelOutputs) -> Rows | None:
+    if outputs.plain_text is None or before.plain_text is None:
         return None
-    table = [[float((a == b).sum()), float(len(b))] for a, b in zip(outcome.plain_text, before.plain_text, strict=True)]
+    table = [[float((a == b).sum()), float(len(b))] for a, b in zip(outputs.plain_text, before.plain_text, strict=True)]
     return np.array(table), list(range(len(table)))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from behavior.comparison import change_estimate
 from groundscope.core.statistics import Estimate, cluster_bootstrap, estimate, group_totals, ratio
 from mitigation.guard import Guard, guards
-from mitigation.outcome import Outcome
+from mitigation.model_outputs import ModelOutputs
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class GuardResult:
     """Paired: both conditions answer the same questions."""
 
 
-def losses(before: Outcome, after: Outcome, names: Sequence[str] | None = None) -> dict[str, float]:
+def losses(before: ModelOutputs, after: ModelOutputs, names: Sequence[str] | None = None) -> dict[str, float]:
     """Return the loss of each guard that the data have, without intervals.
 
     Examples
@@ -40,11 +40,11 @@ def losses(before: Outcome, after: Outcome, names: Sequence[str] | None = None) 
     >>> from dataclasses import replace
     >>> import groundscope as gs
     >>> from mitigation.guard_loss import losses
-    >>> from mitigation.outcome import Outcome
+    >>> from mitigation.model_outputs import ModelOutputs
     >>> data = gs.ConceptDataset("questions", gs.scenes.dataset(10, splits=["neutral"])[:8])
     >>> answers = gs.answer(gs.load_lvlm("tiny"), data, progress=False)
     >>> denied = replace(answers, answers=tuple(replace(a, given="no") for a in answers.answers))
-    >>> losses(Outcome(data, answers), Outcome(data, denied), ["recall"])
+    >>> losses(ModelOutputs(data, answers), ModelOutputs(data, denied), ["recall"])
     {'recall': 1.0}
     """
     result: dict[str, float] = {}
@@ -60,7 +60,7 @@ def losses(before: Outcome, after: Outcome, names: Sequence[str] | None = None) 
     return result
 
 
-def loss_errors(before: Outcome, after: Outcome, names: Sequence[str] | None = None) -> dict[str, float]:
+def loss_errors(before: ModelOutputs, after: ModelOutputs, names: Sequence[str] | None = None) -> dict[str, float]:
     """Return the standard error of the loss of each guard that the data have: paired, and clustered by image.
 
     By the delta method: a ratio ``r = sum a / sum b`` depends on row i by ``(a_i - r b_i) / sum b``; the contributions of the
@@ -71,10 +71,10 @@ def loss_errors(before: Outcome, after: Outcome, names: Sequence[str] | None = N
     >>> from dataclasses import replace
     >>> import groundscope as gs
     >>> from mitigation.guard_loss import loss_errors
-    >>> from mitigation.outcome import Outcome
+    >>> from mitigation.model_outputs import ModelOutputs
     >>> data = gs.ConceptDataset("questions", gs.scenes.dataset(10, splits=["neutral"])[:24])
     >>> answers = gs.answer(gs.load_lvlm("tiny"), data, progress=False)
-    >>> loss_errors(Outcome(data, answers), Outcome(data, answers), ["neutral"])
+    >>> loss_errors(ModelOutputs(data, answers), ModelOutputs(data, answers), ["neutral"])
     {'neutral': 0.0}
     """
     result: dict[str, float] = {}
@@ -119,17 +119,17 @@ def excess(values: Mapping[str, float], limits: Mapping[str, float | None]) -> f
     return worst
 
 
-def measure_guards(before: Outcome, after: Outcome) -> dict[str, GuardResult]:
+def measure_guards(before: ModelOutputs, after: ModelOutputs) -> dict[str, GuardResult]:
     """Return each guard that the data have, before and after a correction, with its loss and 95 % intervals over images.
 
     Examples
     --------
     >>> import groundscope as gs
     >>> from mitigation.guard_loss import measure_guards
-    >>> from mitigation.outcome import Outcome
+    >>> from mitigation.model_outputs import ModelOutputs
     >>> data = gs.ConceptDataset("questions", gs.scenes.dataset(20, splits=["neutral"]))
-    >>> outcome = Outcome(data, gs.answer(gs.load_lvlm("tiny"), data, progress=False))
-    >>> measure_guards(outcome, outcome)["neutral"].loss.value
+    >>> outputs = ModelOutputs(data, gs.answer(gs.load_lvlm("tiny"), data, progress=False))
+    >>> measure_guards(outputs, outputs)["neutral"].loss.value
     0.0
     """
     results: dict[str, GuardResult] = {}
@@ -172,20 +172,20 @@ def _bootstrapped(table: np.ndarray, groups: Sequence[Hashable], statistic: Call
     return Estimate(float(value), low, high, int(table[:, 1].sum()))
 
 
-def not_measured(outcome: Outcome) -> dict[str, str]:
-    """Return the guards that an outcome does not have, with what the data would need.
+def not_measured(outputs: ModelOutputs) -> dict[str, str]:
+    """Return the guards that some outputs cannot measure, with what the data would need.
 
     Examples
     --------
     >>> import groundscope as gs
     >>> from mitigation.guard_loss import not_measured
-    >>> from mitigation.outcome import Outcome
+    >>> from mitigation.model_outputs import ModelOutputs
     >>> data = gs.ConceptDataset("questions", gs.scenes.dataset(10, splits=["neutral"])[:4])
-    >>> not_measured(Outcome(data, gs.answer(gs.load_lvlm("tiny"), data, progress=False)))["typical"]
+    >>> not_measured(ModelOutputs(data, gs.answer(gs.load_lvlm("tiny"), data, progress=False)))["typical"]
     "not measured: it needs questions of split 'typical'"
     """
     return {
         name: f"not measured: it needs {guard.needs}"
         for name, guard in guards.usable().items()
-        if guard.rows(outcome, outcome) is None
+        if guard.rows(outputs, outputs) is None
     }

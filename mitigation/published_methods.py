@@ -19,6 +19,7 @@ from concepts.object_mentions import mentioned_objects
 from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import DataError
 from lvlm.sites import Head
+from mitigation.free_text_prompts import caption_prompts, plain_texts
 from mitigation.method_data import (
     MAX_PAIRS,
     DerivationData,
@@ -31,7 +32,6 @@ from mitigation.steering.contrast import Contrast
 from mitigation.steering.derive import Demonstration
 from mitigation.steering.places import Key, site_of
 from mitigation.steering.vector import SteeringVector, combine
-from mitigation.text_probe import caption_prompts, plain_texts
 
 if TYPE_CHECKING:
     from lvlm.model import Lvlm

@@ -14,11 +14,11 @@ from concepts.schema import ConceptDataset
 from groundscope.core.errors import ConfigError
 from groundscope.core.statistics import Estimate
 from lvlm import Lvlm, Sampling
+from mitigation.free_text_prompts import FreeTextPrompts
 from mitigation.guard import ON_QUESTIONS, guard_limits
 from mitigation.guard_loss import excess, loss_errors, losses
-from mitigation.outcome import Outcome
+from mitigation.model_outputs import ModelOutputs
 from mitigation.steering.vector import SteeringVector
-from mitigation.text_probe import TextProbe
 
 RULE = "the fewest errors by prior among the strengths at which no guard loses more than its limit"
 PRIOR_ERRORS = ("conflict: wrong by prior", "adversarial absent: says yes")
@@ -182,12 +182,12 @@ def sweep_strengths(
     conditions |= {f"{name} {s:g}": v.scaled(s) for name, (v, strengths) in vectors.items() for s in strengths}
     results = answer_under(model, data, conditions, batch_size=batch_size, progress=progress)
     rates_of = {name: compute_metrics(result, data) for name, result in results.items()}
-    outcomes = {name: Outcome(data, result) for name, result in results.items()}
+    outputs = {name: ModelOutputs(data, result) for name, result in results.items()}
     limits = guard_limits({}) if limits is None else limits
 
     def row(strength: float, name: str) -> Row:
         rates = {item: estimate.value for item, estimate in rates_of[name].items()}
-        lost = losses(outcomes[""], outcomes[name], ON_QUESTIONS)
+        lost = losses(outputs[""], outputs[name], ON_QUESTIONS)
         return {
             "strength": float(strength),
             "harm": harm(rates_of[name]),
@@ -240,17 +240,17 @@ def choose_strength(sweep: Sequence[Row], *, max_drop: float) -> Row:
 def choose_guarded(
     model: Lvlm,
     sweeps: Mapping[str, tuple[SteeringVector, Sequence[Row]]],
-    probe: TextProbe,
+    prompts: FreeTextPrompts,
     *,
     limits: Mapping[str, float | None] | None = None,
     caution: float = 0.0,
     batch_size: int = 64,
     progress: bool | None = None,
 ) -> tuple[str, Row]:
-    """Return the name of a vector and the row with the least harm at which every guard holds, those on free text included.
+    """Choose the vector and strength with the fewest errors whose losses are within all limits, on free text too.
 
-    Captions and plain texts take longer than answers, so they are measured for one row after the other, the least harm first,
-    until a row is within all limits (at most `TRIES` rows). Their losses are added to the rows.
+    Captions and plain texts take longer than answers, so rows are measured on them one at a time, in increasing order of ``harm``
+    (the error rate), until a row is within all limits (at most `TRIES` rows). Their losses are added to the rows.
 
     Parameters
     ----------
@@ -258,8 +258,8 @@ def choose_guarded(
         The model.
     sweeps
         Name to a vector and its rows (`sweep_strengths`).
-    probe
-        Captions and texts; of images that will not test the vector.
+    prompts
+        Prompts for captions and plain texts, about images that will not test the vector.
     limits
         As for `sweep_strengths`.
     caution
@@ -273,14 +273,14 @@ def choose_guarded(
     --------
     >>> import numpy as np
     >>> import groundscope as gs
-    >>> from mitigation.text_probe import TextProbe
+    >>> from mitigation.free_text_prompts import FreeTextPrompts
     >>> from mitigation.strength import choose_guarded
     >>> model, data = gs.load_lvlm("tiny"), gs.scenes.dataset(10)
     >>> changes = {2: gs.AddChange(np.eye(model.width)[0])}
     >>> vector = gs.SteeringVector(changes, "all", 1.0, model.name, model.config_hash)
     >>> rows = [{"strength": 0.0, "harm": 0.5, "cost": 0.0}, {"strength": 90.0, "harm": 0.1, "cost": 0.0}]
-    >>> probe = TextProbe.of(model, data, captions=2, texts=2)
-    >>> choose_guarded(model, {"first axis": (vector, rows)}, probe)[1]["strength"]  # 90 destroys captions
+    >>> prompts = FreeTextPrompts.of(model, data, captions=2, texts=2)
+    >>> choose_guarded(model, {"first axis": (vector, rows)}, prompts)[1]["strength"]  # 90 destroys captions
     0.0
     """
     limits = guard_limits({}) if limits is None else limits
@@ -294,8 +294,10 @@ def choose_guarded(
     for name, row in ranked[:TRIES]:
         if not row["strength"]:
             return name, row
-        before = before or probe.outcome(model, None, batch_size=batch_size, progress=progress)
-        after = probe.outcome(model, sweeps[name][0].scaled(row["strength"]), batch_size=batch_size, progress=progress)
+        before = before or prompts.outputs(model, None, batch_size=batch_size, progress=progress)
+        after = prompts.outputs(
+            model, sweeps[name][0].scaled(row["strength"]), batch_size=batch_size, progress=progress
+        )
         lost = {item: loss for item, loss in losses(before, after).items() if item not in ON_QUESTIONS}
         row.update({f"{LOSS}{item}": value for item, value in lost.items()})
         errors = loss_errors(before, after, list(lost)) if caution else dict.fromkeys(lost, 0.0)

@@ -24,8 +24,8 @@ from groundscope.core.errors import ConfigError, ModelError, PatchError
 from groundscope.core.progress import progress_bar
 from groundscope.core.short_repr import short_repr
 from lvlm.access.weights import quantized
+from lvlm.identity_checks import QUANTIZED
 from lvlm.model import Lvlm
-from lvlm.spec_validation import QUANTIZED
 
 EXACT = {2: 0.05, 4: 1e-3, 8: 1e-9}
 """Largest relative error of runs with all edges and with none, by bytes per number of the model's dtype."""

@@ -14,10 +14,10 @@ from lvlm.access.weights import columns, matrix_of, quantized
 from lvlm.answer_keys import AnswerKey
 from lvlm.encoding.encode import Batch
 from lvlm.family.specification import TOLERANCE, resolve
+from lvlm.identity_checks import QUANTIZED
 from lvlm.image_tokens import image_in_sequence
 from lvlm.model import Lvlm
 from lvlm.sites import Site
-from lvlm.spec_validation import QUANTIZED
 from lvlm.text_only import read_text_only
 
 _BLOCK = 4096

@@ -8,7 +8,7 @@ from .photographs.canvas import CanvasImage, on_canvas
 from .photographs.inpaint import InpaintedImage
 from .photographs.mirror import MirroredImage
 from .photographs.recolor import RecoloredImage
-from .written_words import word_pair
+from .word_pair import word_pair
 
 __all__ = [
     "KINDS",

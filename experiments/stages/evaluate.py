@@ -14,7 +14,7 @@ from behavior.metrics import METRICS, compare_metric, compute_metrics
 from behavior.score_names import FIRST_TOKEN
 from concepts.schema import ConceptDataset
 from experiments.config import EvaluateConfig
-from experiments.results.scores import write_scores
+from experiments.results.score_tables import write_scores
 from experiments.run.context import Context
 from experiments.run.folder import write_json
 from experiments.stages.illustrate import illustrate_prior_error
@@ -23,11 +23,11 @@ from experiments.stages.steer import EXPORTABLE, control_file
 from groundscope.core.errors import ConfigError
 from groundscope.core.text import format_count, nearest
 from mitigation import CONTROLS, SteeringVector
+from mitigation.free_text_prompts import FreeTextPrompts, caption_prompts, plain_texts
 from mitigation.guard import guard_limits, guards
 from mitigation.guard_loss import measure_guards, not_measured
-from mitigation.outcome import Outcome, combine_outcomes
+from mitigation.model_outputs import ModelOutputs, combine_outputs
 from mitigation.strength import PRIOR_ERRORS, answer_under
-from mitigation.text_probe import TextProbe, caption_prompts, plain_texts
 
 if TYPE_CHECKING:
     from behavior import BehaviorResult
@@ -158,16 +158,16 @@ def _measure_guards(
     model, data, options = context.model, context.held_out, context.config.steer
     # Captions of the data have been written with the answers.
     captions = ConceptDataset("no captions", ()) if any(e.kind == "caption" for e in data) else caption_prompts(data)
-    probe = TextProbe(captions, plain_texts(model, data))
-    outcomes = {
-        run: combine_outcomes(Outcome(data, results[run]), probe.outcome(model, vectors[run]))
+    prompts = FreeTextPrompts(captions, plain_texts(model, data))
+    outputs = {
+        run: combine_outputs(ModelOutputs(data, results[run]), prompts.outputs(model, vectors[run]))
         for run in ("before", *corrected)
     }
-    measured = {run: measure_guards(outcomes["before"], outcomes[run]) for run in corrected}
+    measured = {run: measure_guards(outputs["before"], outputs[run]) for run in corrected}
     record = {
         "conditions": {run: {name: asdict(r) for name, r in rows.items()} for run, rows in measured.items()},
         "labels": {name: guard.label for name, guard in guards.usable().items()},
         "limits": guard_limits(options.guards, options.max_drop),
-        "not_measured": not_measured(outcomes["before"]),
+        "not_measured": not_measured(outputs["before"]),
     }
     write_json(root / "guards.json", record)

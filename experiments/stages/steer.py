@@ -20,10 +20,10 @@ from groundscope.core.text import nearest
 from lvlm.model import Lvlm
 from lvlm.token_selection import STEERABLE, TokenSelection
 from mitigation import CONTROLS, DerivationData, MitigationMethod, SteeringVector, export, mitigations, sweep_strengths
+from mitigation.free_text_prompts import FreeTextPrompts
 from mitigation.guard import guard_limits
 from mitigation.methods import make_vector
 from mitigation.strength import RULE, Row, choose_guarded, cost_measures
-from mitigation.text_probe import TextProbe
 
 EXPORTABLE = "exportable.safetensors"
 """File of the exportable vector."""
@@ -153,9 +153,9 @@ def make_steering(context: Context, root: Path) -> str:
             {name: (item, [unit * s for s in options.strengths]) for name, (item, unit) in candidates.items()},
             limits=limits,
         )
-        probe = TextProbe.of(context.model, _halves(context.discovery)[1])
+        prompts = FreeTextPrompts.of(context.model, _halves(context.discovery)[1])
         _, chosen = choose_guarded(
-            context.model, {options.method: (vector, curves[options.method])}, probe, limits=limits
+            context.model, {options.method: (vector, curves[options.method])}, prompts, limits=limits
         )
         vector = vector.scaled(chosen["strength"])
         vector.save(root / "vector.safetensors")
@@ -235,8 +235,8 @@ def _make_exportable(
         {f: (v, [units[f] * s for s in options.exportable_strengths]) for f, v in vectors.items()},
         limits=limits,
     )
-    probe = TextProbe.of(context.model, _halves(context.discovery)[1], captions=CAPTIONS)
-    name, chosen, sweeps, caution = _choose_cautiously(context.model, vectors, sweeps, probe, limits)
+    prompts = FreeTextPrompts.of(context.model, _halves(context.discovery)[1], captions=CAPTIONS)
+    name, chosen, sweeps, caution = _choose_cautiously(context.model, vectors, sweeps, prompts, limits)
     if chosen["strength"]:
         vectors[name].scaled(chosen["strength"]).save(root / EXPORTABLE, data.model)
     method, _, site = name.removeprefix("exportable: ").partition(" at ")
@@ -255,7 +255,7 @@ def _choose_cautiously(
     model: Lvlm,
     vectors: Mapping[str, SteeringVector],
     sweeps: Mapping[str, list[Row]],
-    probe: TextProbe,
+    prompts: FreeTextPrompts,
     limits: Mapping[str, float | None],
 ) -> tuple[str, Row, dict[str, list[Row]], float]:
     """Return the chosen vector and row, the rows with their losses on free text, and the caution.
@@ -265,7 +265,7 @@ def _choose_cautiously(
     for caution in (CAUTION, 0.0):
         rows = {name: [dict(row) for row in sweep] for name, sweep in sweeps.items()}
         candidates = {name: (vector, rows[name]) for name, vector in vectors.items()}
-        name, chosen = choose_guarded(model, candidates, probe, limits=limits, caution=caution)
+        name, chosen = choose_guarded(model, candidates, prompts, limits=limits, caution=caution)
         if chosen["strength"]:
             return name, chosen, rows, caution
     return name, chosen, rows, 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from concepts.written_text import join_words
+from concepts.answer_prefix import join_words
 from groundscope.core.errors import DataError
 from lvlm.interfaces import Model
 
@@ -100,7 +100,7 @@ def prefix_tokens(model: Model, prompt: str, prefix: str, name: str) -> TextToke
 def tokens_after_prefix(model: Model, prompt: str, prefix: str, words: str) -> tuple[int, ...]:
     """Return the tokens of words after a prompt and a prefix, as in the whole text; empty if they are no tokens of their own.
 
-    Words and prefix are joined by `concepts.written_text.join_words`. If the tokenizer merges the beginning of the words with
+    Words and prefix are joined by `concepts.answer_prefix.join_words`. If the tokenizer merges the beginning of the words with
     the end of the prefix (``hot d`` and ``og``), the words do not start a token there, and the result is empty.
     """
     before = tokens_after(model, prompt, prefix.rstrip(" ")).ids

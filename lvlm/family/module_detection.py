@@ -1,6 +1,6 @@
 """Detect a family's parts in a model, by the module names that transformers' families and their own code use.
 
-A detected path is a guess until `lvlm.spec_validation` has checked it. Names are tried in order; of two possible names the more
+A detected path is a guess until `lvlm.identity_checks` has checked it. Names are tried in order; of two possible names the more
 specific one comes first (a norm named after the MLP that it precedes before one named after the attention that it follows,
 which is another norm in sandwich-norm families).
 """

@@ -1,6 +1,6 @@
 """Specs of model families: paths of modules, the prompt, and how images become tokens.
 
-A `FamilySpec` names modules by dotted path. `lvlm.family.module_detection` detects empty fields, and `lvlm.spec_validation`
+A `FamilySpec` names modules by dotted path. `lvlm.family.module_detection` detects empty fields, and `lvlm.identity_checks`
 checks at load that the paths are right.
 """
 

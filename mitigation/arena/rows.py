@@ -16,7 +16,7 @@ from mitigation.steering.vector import SteeringVector
 from mitigation.training_free.controls.method_control import MethodControl
 from mitigation.training_free.method import Regime, check_parameters
 from mitigation.training_free.methods.steering import Steering, derivations_for
-from mitigation.training_free.table import training_free_methods
+from mitigation.training_free.registry import training_free_methods
 
 if TYPE_CHECKING:
     from behavior.result import BehaviorResult

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from behavior import amber, answer_each, mme
-from behavior.repetition import divide_seeds, repeat_sampled
+from behavior.repeated_sampling import divide_seeds, repeat_sampled
 from behavior.result import BehaviorResult
 from groundscope.core.errors import ConfigError, DataError
 from groundscope.core.files import canonical_json

@@ -12,7 +12,7 @@ from mitigation.arena.measures import Counted, count_answers
 from mitigation.arena.rows import ArenaRow, derived_mitigation, parse_row, row_of
 from mitigation.strength import PRIOR_ERRORS, RECALL_COST
 from mitigation.training_free.controls.method_control import MethodControl
-from mitigation.training_free.table import training_free_methods
+from mitigation.training_free.registry import training_free_methods
 
 if TYPE_CHECKING:
     from concepts.schema import ConceptDataset

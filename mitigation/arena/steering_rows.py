@@ -10,11 +10,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from groundscope.core.errors import DataError
+from mitigation.free_text_prompts import FreeTextPrompts
 from mitigation.guard import guard_limits
 from mitigation.methods import CONTROLS, mitigations
 from mitigation.steering.vector import SteeringVector
 from mitigation.strength import choose_guarded, sweep_strengths
-from mitigation.text_probe import TextProbe
 
 if TYPE_CHECKING:
     from concepts.schema import ConceptDataset
@@ -68,8 +68,8 @@ def choose_vector(name: str, vector: SteeringVector, data: DerivationData) -> tu
     limits = guard_limits({}, MAX_DROP)
     strengths = [unit * s for s in STRENGTHS]
     sweep = sweep_strengths(data.model, questions, {name: (vector, strengths)}, limits=limits, progress=False)[name]
-    probe = TextProbe.of(data.model, _second_half(data.examples))
-    _, row = choose_guarded(data.model, {name: (vector, sweep)}, probe, limits=limits, progress=False)
+    prompts = FreeTextPrompts.of(data.model, _second_half(data.examples))
+    _, row = choose_guarded(data.model, {name: (vector, sweep)}, prompts, limits=limits, progress=False)
     if not row["strength"]:
         msg = (
             f"no strength of {name} has fewer errors than the model alone within the guards, so a run would not steer; "

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from concepts.answer_prefix import join_words
 from concepts.image_source import ImageSource, NoImage
 from concepts.reading.record import is_text
 from concepts.schema import Example
-from concepts.written_text import join_words
 from groundscope.core.errors import DataError
 from groundscope.core.short_repr import short_repr
 

@@ -18,7 +18,7 @@ from activation_store import trace
 from concepts import ConceptDataset
 from groundscope.core.errors import ConfigError, DataError
 from lvlm import Lvlm
-from lvlm.spec_validation import validate
+from lvlm.identity_checks import validate
 from tests.toys.examples import example
 from tests.toys.families import model
 

@@ -16,7 +16,7 @@ from concepts import ConceptDataset
 from concepts.scene_object import Box
 from groundscope.core.errors import ModelError, SiteError
 from lvlm import Lvlm, TokenSelection, families, wrap_lvlm
-from lvlm.spec_validation import validate
+from lvlm.identity_checks import validate
 from lvlm.token_map import ImageView
 from tests.toys.examples import QUESTION, example, picture
 from tests.toys.families import build

@@ -21,7 +21,7 @@ from concepts import ConceptDataset
 from concepts.scene_object import Box
 from groundscope.core.errors import ModelError, SiteError
 from lvlm import FamilySpec, Lvlm, TokenSelection, families, load_lvlm, wrap_lvlm
-from lvlm.spec_validation import validate
+from lvlm.identity_checks import validate
 from tests.toys.examples import example
 from tests.toys.families import BUILDERS, FAMILY, LENS, PLACED, WHERE, at, build, model, raw
 from tests.toys.remote_code_families import STAND_INS, build_stand_in

@@ -18,8 +18,8 @@ from groundscope.core.bounded_cache import BoundedCache
 from groundscope.core.errors import ModelError, SiteError
 from lvlm import Lvlm, load_lvlm, wrap_lvlm
 from lvlm.access.weights import columns, quantized
+from lvlm.identity_checks import validate
 from lvlm.loading import has_weights, outline_lvlm
-from lvlm.spec_validation import validate
 from tests.toys.examples import example
 from tests.toys.families import BUILDERS, build
 from tests.toys.wide_model import WIDTH, Live, peak_of, wide
@@ -234,7 +234,7 @@ def test_a_wrong_projection_is_found_in_a_quantized_model_too() -> None:
 
 def test_a_layer_that_does_not_give_its_matrix_is_skipped_with_the_reason(caplog: pytest.LogCaptureFixture) -> None:
     model = with_projections(Sealed)
-    with caplog.at_level(logging.WARNING, "lvlm.spec_validation"):
+    with caplog.at_level(logging.WARNING, "lvlm.identity_checks"):
         errors = validate(model, model.encode(example()))
     assert np.isnan(errors["decoder.L0: sum of heads = attn_out"])
     assert errors["decoder.L0: pre + attn_out + mlp_out = post"] < 1e-5

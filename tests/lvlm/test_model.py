@@ -21,8 +21,8 @@ from concepts.schema import Example
 from groundscope.core.errors import DataError, ModelError, SiteError
 from lvlm import Head, Lvlm, PatchGrid, Site, TokenSelection, answer_key, families, load_lvlm, wrap_lvlm
 from lvlm.family.specification import StackSpec
+from lvlm.identity_checks import validate
 from lvlm.sites import LAYER_COMPONENTS
-from lvlm.spec_validation import validate
 from lvlm.tiny.architecture import build_model, build_processor
 from lvlm.token_selection import PATCHABLE, READABLE, REDUCTIONS, SINGLE, STEERABLE, STORED_ROLES
 
@@ -320,7 +320,7 @@ def test_a_configuration_is_validated_once(monkeypatch: pytest.MonkeyPatch) -> N
         proofs.append(model.name)
         return validate(model, encoding)
 
-    monkeypatch.setattr("lvlm.spec_validation.validate", counted)
+    monkeypatch.setattr("lvlm.identity_checks.validate", counted)
     shape: Any = build_model(seed=0).config
     shape.text_config.rms_norm_eps = 1.25e-6  # a configuration that no other test has
     networks = [type(build_model(seed=0))(shape) for _ in range(2)]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from concepts import Example
-from concepts.written_text import join_words
+from concepts.answer_prefix import join_words
 from groundscope.core.errors import DataError
 from lvlm import Lvlm, TokenSelection, answer_key
 from lvlm.answer_keys import answer_tokens, check_prefixes

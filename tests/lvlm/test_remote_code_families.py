@@ -16,7 +16,7 @@ from concepts import ConceptDataset
 from groundscope.core.errors import ModelError
 from lvlm import FamilySpec, Lvlm, load_lvlm, wrap_lvlm
 from lvlm.encoding.processor import Parts
-from lvlm.spec_validation import validate
+from lvlm.identity_checks import validate
 from tests.toys.examples import example
 from tests.toys.model_parts import ID, fixed, tokenizer
 from tests.toys.remote_code_families import STAND_INS, build_stand_in

@@ -9,7 +9,7 @@ from transformers import TopPLogitsWarper
 
 from behavior import answer
 from behavior.metrics import compute_metrics
-from behavior.repetition import divide_seeds
+from behavior.repeated_sampling import divide_seeds
 from concepts import scenes
 from groundscope.core.errors import ConfigError
 from lvlm import Sampling, load_lvlm

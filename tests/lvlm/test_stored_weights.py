@@ -30,7 +30,7 @@ from concepts import ConceptDataset, counterfactuals, scenes
 from concepts.counterfactual_pair import CounterfactualPair
 from lvlm import Head, Lvlm
 from lvlm.access.weights import columns, matrix_of, quantized
-from lvlm.spec_validation import validate
+from lvlm.identity_checks import validate
 from mitigation import Contrast, SteeringVector, derive, export
 from mitigation.steering.export import apply_bias
 from mitigation.steering.export.residual_conversion import to_residual

@@ -17,7 +17,7 @@ from lvlm.decoding.loop import generate
 from mitigation import Mitigation
 from mitigation.training_free.branch_methods import BranchDecoder
 from mitigation.training_free.composition import compose
-from mitigation.training_free.controls.cut import CutGreedy, cut_text, length_for_mean, length_for_recall
+from mitigation.training_free.controls.cut_answers import CutGreedy, cut_text, length_for_mean, length_for_recall
 from mitigation.training_free.controls.random_branches import GaussianBranch, OtherImageBranch, _GaussianRule
 from mitigation.training_free.controls.random_places import other_heads, other_layers
 from mitigation.training_free.controls.rules import APCOnly, YesNoBias, choose_bias

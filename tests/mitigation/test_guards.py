@@ -13,11 +13,11 @@ from concepts.scene_object import SceneObject
 from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import ConfigError
 from mitigation import AddChange, Guard, SteeringVector, guards
+from mitigation.free_text_prompts import FreeTextPrompts, caption_prompts
 from mitigation.guard import guard_limits
 from mitigation.guard_loss import excess, loss_errors, losses, measure_guards, not_measured
-from mitigation.outcome import Outcome
+from mitigation.model_outputs import ModelOutputs
 from mitigation.strength import LOSS, choose_guarded, sweep_strengths
-from mitigation.text_probe import TextProbe, caption_prompts
 from tests.toys.random_models import examples, shared_model
 
 YES_NO = ("yes", "no")
@@ -37,41 +37,43 @@ def described(name: str, text: str, objects: tuple[str, ...] = ()) -> tuple[Exam
     return example, Answer(*about, given=None, correct=None, text=text)
 
 
-def outcome(answers: list[Answer], captions: list[tuple[Example, Answer]] | None = None, **more: Any) -> Outcome:
+def outputs(answers: list[Answer], captions: list[tuple[Example, Answer]] | None = None, **more: Any) -> ModelOutputs:
     captions = captions or []
     data = ConceptDataset("by hand", tuple(example for example, _ in captions))
-    return Outcome(data, BehaviorResult((*answers, *(a for _, a in captions)), Cost(None, None, len(answers))), **more)
+    return ModelOutputs(
+        data, BehaviorResult((*answers, *(a for _, a in captions)), Cost(None, None, len(answers))), **more
+    )
 
 
 PRESENT = [make_answer(i, "yes", "yes") for i in range(10)]
 ABSENT = [make_answer(10 + i, "no", "yes" if i < 4 else "no", split="adversarial") for i in range(10)]
 COLORS = [make_answer(20 + i, "yes", "yes", split="neutral", kind="color") for i in range(5)]
-BEFORE = outcome(PRESENT + ABSENT + COLORS)
+BEFORE = outputs(PRESENT + ABSENT + COLORS)
 
 
 def test_losses_are_the_counts_by_hand() -> None:
     denied = [replace(a, given="no", correct=False) for a in PRESENT[:3]] + PRESENT[3:]
     honest = [replace(a, given="no", correct=True) for a in ABSENT]
     wrong_color = [replace(COLORS[0], given="no", correct=False), *COLORS[1:]]
-    lost = losses(BEFORE, outcome(denied + honest + wrong_color))
+    lost = losses(BEFORE, outputs(denied + honest + wrong_color))
     assert lost["recall"] == pytest.approx(3 / 10)
     assert lost["neutral"] == lost["other_questions"] == pytest.approx(1 / 5)
     # Before: 4 yes too many of 25; after: 3 + 1 too few. Both are 4 away, so the share of yes did not get worse.
     assert lost["yes_ratio"] == pytest.approx(0)
     everything_no = [replace(a, given="no", correct=a.answer == "no") for a in BEFORE.answers.answers]
-    assert losses(BEFORE, outcome(everything_no))["yes_ratio"] == pytest.approx(15 / 25 - 4 / 25)
+    assert losses(BEFORE, outputs(everything_no))["yes_ratio"] == pytest.approx(15 / 25 - 4 / 25)
     assert set(lost) == {"recall", "neutral", "other_questions", "yes_ratio"}
     assert set(not_measured(BEFORE)) == {"typical", "chair", "caption_recall", "caption_length", "plain_text"}
     assert "it needs questions of split 'typical'" in not_measured(BEFORE)["typical"]
 
 
 def test_captions_and_plain_text_by_hand() -> None:
-    before = outcome(
+    before = outputs(
         [],
         [described("a", "an apple and a car", ("apple", "car")), described("b", "a dog", ("dog", "cat"))],
         plain_text=(np.array([1, 2, 3, 4]), np.array([5, 6])),
     )
-    after = outcome(
+    after = outputs(
         [],
         [described("a", "an apple and a bird", ("apple", "car")), described("b", "a dog , a cat", ("dog", "cat"))],
         plain_text=(np.array([1, 2, 9, 9]), np.array([5, 6])),
@@ -88,7 +90,7 @@ def test_captions_and_plain_text_by_hand() -> None:
     assert (measured["chair"].before.value, measured["chair"].after.value) == (0.0, 0.25)
     assert measured["plain_text"].loss.low <= 2 / 6 <= measured["plain_text"].loss.high
     # Without annotated objects only the length is measured.
-    bare = outcome([], [described("a", "an apple")])
+    bare = outputs([], [described("a", "an apple")])
     assert set(losses(bare, bare)) == {"caption_length"}
 
 
@@ -101,8 +103,8 @@ def test_errors_of_losses_are_those_of_the_plain_formula_and_of_resampled_images
         return " , ".join(["a picture", *(f"a {noun}" for noun in named)])
 
     present = [tuple(rng.permutation(nouns)[: rng.integers(2, 5)]) for _ in range(120)]
-    before = outcome([], [described(str(i), caption(s, 0.9), s) for i, s in enumerate(present)])
-    after = outcome([], [described(str(i), caption(s, 0.8), s) for i, s in enumerate(present)])
+    before = outputs([], [described(str(i), caption(s, 0.9), s) for i, s in enumerate(present)])
+    after = outputs([], [described(str(i), caption(s, 0.8), s) for i, s in enumerate(present)])
     errors = loss_errors(before, after)
     # Words: a mean over images, so the error is that of a mean of paired differences.
     words = np.array([[len((a.text or "").split()) for a in o.answers.answers] for o in (before, after)], float)
@@ -158,20 +160,20 @@ def test_the_choice_takes_the_least_harm_at_which_every_guard_holds(monkeypatch:
     texts = {0.0: "an apple", 1.0: "an apple", 2.0: "an apple and a bird", 3.0: ""}
     tried = []
 
-    def outcome_of(_probe: TextProbe, _model: Any, steered: SteeringVector | None, **_: Any) -> Outcome:
+    def outputs_of(_probe: FreeTextPrompts, _model: Any, steered: SteeringVector | None, **_: Any) -> ModelOutputs:
         strength = 0.0 if steered is None else steered.strength
         tried.append(strength)
-        return outcome([], [described("a", texts[strength], ("apple",))])
+        return outputs([], [described("a", texts[strength], ("apple",))])
 
-    monkeypatch.setattr(TextProbe, "outcome", outcome_of)
-    probe = TextProbe(ConceptDataset("none", ()), None)
-    name, chosen = choose_guarded(model, {"one": (vector, rows)}, probe)
+    monkeypatch.setattr(FreeTextPrompts, "outputs", outputs_of)
+    prompts = FreeTextPrompts(ConceptDataset("none", ()), None)
+    name, chosen = choose_guarded(model, {"one": (vector, rows)}, prompts)
     assert (name, chosen["strength"]) == ("one", 1.0)
     assert tried == [0.0, 3.0, 2.0, 1.0]  # 4 is beyond a guard on questions, so its captions are not written
     assert (rows[2][f"{LOSS}chair"], rows[3][f"{LOSS}caption_recall"]) == (0.5, 1.0)
     assert rows[2]["excess"] == 50
     with pytest.raises(ConfigError, match="add strength 0"):
-        choose_guarded(model, {"one": (vector, [row(1.0, 0.3, 2.0)])}, probe)
+        choose_guarded(model, {"one": (vector, [row(1.0, 0.3, 2.0)])}, prompts)
 
 
 @pytest.mark.parametrize(("caution", "strength"), [(0.0, 1.0), (1.0, 0.0)])
@@ -182,16 +184,16 @@ def test_a_cautious_choice_adds_the_error_of_the_loss(
     vector = SteeringVector({2: AddChange(np.eye(192)[0])}, "all", 1.0, model.name, model.config_hash)
     rows = [{"strength": s, "harm": 1 - s, "cost": 0.0, "excess": 0.0} for s in (0.0, 1.0)]
 
-    def outcome_of(_probe: TextProbe, _model: Any, steered: SteeringVector | None, **_: Any) -> Outcome:
+    def outputs_of(_probe: FreeTextPrompts, _model: Any, steered: SteeringVector | None, **_: Any) -> ModelOutputs:
         lost = {"7"} if steered is not None else set()  # one of 60: 1.7 points, with an error of 1.7
-        return outcome(
+        return outputs(
             [], [described(str(i), "a dog" if str(i) in lost else "an apple", ("apple",)) for i in range(60)]
         )
 
-    monkeypatch.setattr(TextProbe, "outcome", outcome_of)
-    probe = TextProbe(ConceptDataset("none", ()), None)
+    monkeypatch.setattr(FreeTextPrompts, "outputs", outputs_of)
+    prompts = FreeTextPrompts(ConceptDataset("none", ()), None)
     limits = guard_limits({"chair": None})
-    _, chosen = choose_guarded(model, {"one": (vector, rows)}, probe, limits=limits, caution=caution)
+    _, chosen = choose_guarded(model, {"one": (vector, rows)}, prompts, limits=limits, caution=caution)
     assert chosen["strength"] == strength
     assert rows[1][f"{LOSS}caption_recall"] == pytest.approx(1 / 60)
 

@@ -14,7 +14,7 @@ from concepts.schema import ConceptDataset
 from groundscope.core.errors import ConfigError, DataError, PatchError, SiteError
 from lvlm import answer_key, load_lvlm
 from mitigation import AddChange, SteeringVector, answer_under, derive
-from mitigation.text_probe import TextProbe, caption_prompts, plain_texts
+from mitigation.free_text_prompts import FreeTextPrompts, caption_prompts, plain_texts
 from tests.toys.random_models import hooks_of, shared_model
 
 DATA = scenes.dataset(24, seed=5, splits=["conflict"])
@@ -66,11 +66,11 @@ def test_answers_improve_and_descriptions_stay() -> None:
     vector = derive.optimize(model, DATA, texts=texts, keep=10.0, **options)
     assert (vector.kind, vector.positions, vector.layers, vector.decay) == ("add", "all", (3, 4), 1.0)
     assert sum(answers_under(vector)) > sum(answers_under(None))
-    probe = TextProbe(ConceptDataset("captions", tuple(texts)), None)
-    before = [a.text for a in probe.outcome(model, None).answers.answers]
+    prompts = FreeTextPrompts(ConceptDataset("captions", tuple(texts)), None)
+    before = [a.text for a in prompts.outputs(model, None).answers.answers]
     changed = {}
     for name, steered in (("with texts", vector), ("without", derive.optimize(model, DATA, **options))):
-        after = [a.text for a in probe.outcome(model, steered).answers.answers]
+        after = [a.text for a in prompts.outputs(model, steered).answers.answers]
         changed[name] = sum(a != b for a, b in zip(after, before, strict=True))
     assert changed["with texts"] < changed["without"]
     assert hooks_of(model) == 0

@@ -17,7 +17,7 @@ from lvlm import Lvlm
 from lvlm.decoding.row_layout import RowLayout
 from mitigation.training_free.controls.random_heads import RandomHeads
 from mitigation.training_free.controls.random_layers import RandomLayers
-from mitigation.training_free.controls.random_text import RandomText, text_layout
+from mitigation.training_free.controls.random_text_tokens import RandomText, text_layout
 from mitigation.training_free.method import TrainingFree
 from mitigation.training_free.methods.ad_hh import ADHH
 from mitigation.training_free.methods.adapt_vis import AdaptVis

@@ -15,9 +15,9 @@ import groundscope as gs
 from groundscope.core.errors import ConfigError
 from lvlm import Lvlm
 from mitigation import training_free_methods
-from mitigation.training_free.candidates import contrast, plausible
 from mitigation.training_free.methods.vcd import VCD, kept_signal
-from mitigation.training_free.scaling import scaled_count, scaled_layers
+from mitigation.training_free.plausibility import contrast, plausible
+from mitigation.training_free.published_sizes import scaled_count, scaled_layers
 from tests.toys.answers import assert_equal_answers
 from tests.toys.rule_oracle import compare, masked
 

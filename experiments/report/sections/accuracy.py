@@ -11,7 +11,7 @@ from experiments.report import figures
 from experiments.report.figures import Point
 from experiments.report.html import closed, figure, paragraph, section, table
 from experiments.results.run_files import RunFiles
-from experiments.results.scores import score_tables
+from experiments.results.score_tables import score_tables
 from groundscope.core.statistics import Estimate
 
 if TYPE_CHECKING:

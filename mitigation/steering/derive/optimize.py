@@ -78,7 +78,7 @@ def optimize(
         Prompts without candidates, such as ``Describe the image.``, whose answers are preserved.
     plain
         Texts without an image to preserve: token ids ``[1, positions]``, and the first position of the continuation that is
-        preserved (`mitigation.text_probe.plain_texts` makes such texts).
+        preserved (`mitigation.free_text_prompts.plain_texts` makes such texts).
     heads, layers, sites
         Places to act on; at least one.
     positions

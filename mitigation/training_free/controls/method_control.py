@@ -29,7 +29,7 @@ class MethodControl(TrainingFree):
     Examples
     --------
     >>> import groundscope as gs
-    >>> from mitigation.training_free.controls.random_text import RandomText
+    >>> from mitigation.training_free.controls.random_text_tokens import RandomText
     >>> data = gs.DerivationData(gs.load_lvlm("tiny"), None, gs.scenes.dataset(10))
     >>> RandomText.derive(data, of="pai", alpha=0.3).name
     'random text tokens in PAI (alpha=0.3)'

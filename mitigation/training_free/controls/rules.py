@@ -18,8 +18,8 @@ from lvlm.answer_keys import answer_key
 from lvlm.decoding.decoder import Step
 from lvlm.generation import greedy
 from mitigation.training_free.branch_methods import BranchMethod
-from mitigation.training_free.candidates import plausible
 from mitigation.training_free.method import Category, TrainingFree, check_parameters, check_range
+from mitigation.training_free.plausibility import plausible
 
 if TYPE_CHECKING:
     from lvlm.decoding.decoder import Decoder

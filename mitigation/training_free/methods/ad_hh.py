@@ -13,7 +13,7 @@ from lvlm.decoding.attention_rows import AttentionRows
 from lvlm.sites import parse_heads
 from mitigation.training_free.attention import AttentionMethod
 from mitigation.training_free.method import Category, check_parameters, check_range
-from mitigation.training_free.scaling import scaled_count
+from mitigation.training_free.published_sizes import scaled_count
 
 if TYPE_CHECKING:
     from lvlm.model import Lvlm

@@ -18,8 +18,8 @@ from lvlm.decoding.attention_rows import AttentionRows
 from lvlm.decoding.decoder import AnswerRule, Branch, RuleDecoder, Step
 from mitigation.protocol import ForwardCost
 from mitigation.training_free.attention import check_attention_method
-from mitigation.training_free.candidates import contrast
 from mitigation.training_free.method import Category, Regime, TrainingFree, check_range
+from mitigation.training_free.plausibility import contrast
 
 if TYPE_CHECKING:
     from lvlm.decoding.decoder import Decoder

@@ -17,7 +17,6 @@ from lvlm.family.specification import resolve
 from lvlm.image_tokens import image_tokens
 from mitigation.protocol import ForwardCost
 from mitigation.training_free.branch_methods import BranchMethod
-from mitigation.training_free.candidates import contrast
 from mitigation.training_free.method import (
     Category,
     Regime,
@@ -27,7 +26,8 @@ from mitigation.training_free.method import (
     check_image_tokens,
     check_range,
 )
-from mitigation.training_free.scaling import scaled_count
+from mitigation.training_free.plausibility import contrast
+from mitigation.training_free.published_sizes import scaled_count
 
 if TYPE_CHECKING:
     from concepts.schema import Example

@@ -21,7 +21,7 @@ from mitigation.training_free.lens import (
     stacked,
 )
 from mitigation.training_free.method import Category, TrainingFree, check_count, check_range
-from mitigation.training_free.scaling import scaled_layers
+from mitigation.training_free.published_sizes import scaled_layers
 
 if TYPE_CHECKING:
     from lvlm.decoding.decoder import Decoder

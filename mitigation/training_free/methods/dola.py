@@ -13,7 +13,6 @@ from torch import Tensor
 
 from lvlm.decoding.decoder import AnswerRule, RuleDecoder, Step
 from lvlm.family.specification import resolve
-from mitigation.training_free.candidates import plausible
 from mitigation.training_free.lens import (
     at_least_float32,
     check_blocks,
@@ -26,6 +25,7 @@ from mitigation.training_free.lens import (
     stacked,
 )
 from mitigation.training_free.method import Category, TrainingFree, Variant, check_choice, check_range
+from mitigation.training_free.plausibility import plausible
 
 if TYPE_CHECKING:
     from lvlm.decoding.decoder import Decoder

@@ -13,8 +13,8 @@ from lvlm.decoding.decoder import Branch, Step
 from mitigation.protocol import ForwardCost
 from mitigation.training_free.branch_methods import BranchMethod
 from mitigation.training_free.branches import with_examples
-from mitigation.training_free.candidates import contrast
 from mitigation.training_free.method import Category, Regime, check_choice, check_range
+from mitigation.training_free.plausibility import contrast
 from mitigation.training_free.prompt_words import words_problem
 
 if TYPE_CHECKING:

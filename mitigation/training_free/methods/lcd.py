@@ -14,8 +14,8 @@ from lvlm.decoding.decoder import Branch, Step
 from mitigation.protocol import ForwardCost
 from mitigation.training_free.branch_methods import BranchMethod
 from mitigation.training_free.branches import check_runs_without_image, without_image
-from mitigation.training_free.candidates import plausible
 from mitigation.training_free.method import Category, Regime, check_range
+from mitigation.training_free.plausibility import plausible
 
 if TYPE_CHECKING:
     from lvlm.encoding.encode import Batch

@@ -27,7 +27,7 @@ from mitigation.training_free.method import (
     check_image_tokens,
     check_range,
 )
-from mitigation.training_free.scaling import scaled_layers
+from mitigation.training_free.published_sizes import scaled_layers
 
 if TYPE_CHECKING:
     from lvlm.decoding.decoder import Decoder

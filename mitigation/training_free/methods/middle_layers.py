@@ -10,7 +10,7 @@ import torch
 from lvlm.decoding.attention_rows import AttentionRows
 from mitigation.training_free.attention import AttentionMethod, check_layers
 from mitigation.training_free.method import Category, Variant, check_choice, check_range
-from mitigation.training_free.scaling import scaled_layers
+from mitigation.training_free.published_sizes import scaled_layers
 
 if TYPE_CHECKING:
     from lvlm.model import Lvlm

@@ -18,9 +18,9 @@ from lvlm.family.specification import find, resolve
 from lvlm.sites import Site
 from mitigation.protocol import ForwardCost
 from mitigation.training_free.attention import check_attention_method
-from mitigation.training_free.candidates import plausible
 from mitigation.training_free.lens import at_least_float32
 from mitigation.training_free.method import Category, Regime, TrainingFree, check_range
+from mitigation.training_free.plausibility import plausible
 
 if TYPE_CHECKING:
     from lvlm.decoding.decoder import Decoder

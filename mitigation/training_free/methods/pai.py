@@ -17,9 +17,9 @@ from mitigation.protocol import ForwardCost
 from mitigation.training_free.attention import AttentionMethod, check_layers
 from mitigation.training_free.branch_methods import BranchDecoder, BranchMethod
 from mitigation.training_free.branches import check_runs_without_image, without_image
-from mitigation.training_free.candidates import contrast
 from mitigation.training_free.method import check_range
-from mitigation.training_free.scaling import scaled_layers
+from mitigation.training_free.plausibility import contrast
+from mitigation.training_free.published_sizes import scaled_layers
 
 if TYPE_CHECKING:
     from lvlm.decoding.decoder import Decoder

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from lvlm.decoding.decoder import AnswerRule, RuleDecoder, Step
-from mitigation.training_free.candidates import plausible
 from mitigation.training_free.lens import (
     at_least_float32,
     block_outputs,
@@ -26,6 +25,7 @@ from mitigation.training_free.method import (
     check_image_tokens,
     check_range,
 )
+from mitigation.training_free.plausibility import plausible
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -13,8 +13,8 @@ from lvlm.decoding.decoder import Branch, Step
 from mitigation.protocol import ForwardCost
 from mitigation.training_free.branch_methods import BranchMethod
 from mitigation.training_free.branches import with_images
-from mitigation.training_free.candidates import plausible
 from mitigation.training_free.method import Category, Regime, check_choice, check_range
+from mitigation.training_free.plausibility import plausible
 from mitigation.training_free.random_transforms import KINDS, Kind, TransformedImage, draw
 from mitigation.training_free.seeds import generator_of
 

@@ -18,9 +18,9 @@ from lvlm.decoding.decoder import Branch, Step
 from mitigation.protocol import ForwardCost
 from mitigation.training_free.attention import check_attention_method
 from mitigation.training_free.branch_methods import BranchMethod
-from mitigation.training_free.candidates import contrast
 from mitigation.training_free.method import Category, Variant, check_choice, check_count, check_range
-from mitigation.training_free.scaling import scaled_count
+from mitigation.training_free.plausibility import contrast
+from mitigation.training_free.published_sizes import scaled_count
 
 if TYPE_CHECKING:
     from lvlm.decoding.decoder import Decoder

@@ -14,8 +14,8 @@ from lvlm.decoding.decoder import Branch, Step
 from mitigation.protocol import ForwardCost
 from mitigation.training_free.branch_methods import BranchMethod
 from mitigation.training_free.branches import with_pixels
-from mitigation.training_free.candidates import contrast
 from mitigation.training_free.method import Category, Regime, check_range
+from mitigation.training_free.plausibility import contrast
 from mitigation.training_free.seeds import torch_generator_of
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from lvlm.decoding.decoder import Branch, Step
 from mitigation.protocol import ForwardCost
 from mitigation.training_free.branch_methods import BranchMethod
 from mitigation.training_free.branches import check_runs_without_image, unknown_image, unknown_token, without_image
-from mitigation.training_free.candidates import contrast
 from mitigation.training_free.method import Category, Regime, check_choice, check_image_tokens, check_range
+from mitigation.training_free.plausibility import contrast
 
 if TYPE_CHECKING:
     from lvlm.encoding.encode import Batch

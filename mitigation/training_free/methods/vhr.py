@@ -19,7 +19,7 @@ from mitigation.protocol import ForwardCost
 from mitigation.training_free.attention import AttentionMethod, check_layers
 from mitigation.training_free.branches import check_runs_without_image, without_image
 from mitigation.training_free.method import Category, check_choice, check_range
-from mitigation.training_free.scaling import scaled_layers
+from mitigation.training_free.published_sizes import scaled_layers
 
 if TYPE_CHECKING:
     from lvlm.decoding.decoder import Decoder

@@ -35,7 +35,7 @@ class CutGreedy(TrainingFree):
     Examples
     --------
     >>> import groundscope as gs
-    >>> from mitigation.training_free.controls.cut import CutGreedy
+    >>> from mitigation.training_free.controls.cut_answers import CutGreedy
     >>> model, data = gs.load_lvlm("tiny"), gs.scenes.dataset(20).where(kind="caption")
     >>> with CutGreedy(3).applied(model):
     ...     answers = gs.answer(model, data)
@@ -82,7 +82,7 @@ def cut_text(text: str, words: int) -> str:
 
     Examples
     --------
-    >>> from mitigation.training_free.controls.cut import cut_text
+    >>> from mitigation.training_free.controls.cut_answers import cut_text
     >>> cut_text("a red apple and a dog", 3)
     'a red apple'
     """
@@ -95,7 +95,7 @@ def length_for_mean(texts: Sequence[str], mean: float) -> int:
 
     Examples
     --------
-    >>> from mitigation.training_free.controls.cut import length_for_mean
+    >>> from mitigation.training_free.controls.cut_answers import length_for_mean
     >>> length_for_mean(["a b c d", "a b", "a b c d e f"], 3.0)  # means 1, 2, 2.67, 3.33, ...
     4
     """

@@ -50,7 +50,7 @@ def validate(model: Lvlm, encoding: Encoding) -> dict[str, float]:
     -------
     dict
         Largest relative error by identity; NaN for an identity that cannot be checked because a layer is quantized, with the
-        reason as a warning of the logger ``lvlm.spec_validation``.
+        reason as a warning of the logger ``lvlm.identity_checks``.
 
     Raises
     ------
@@ -60,7 +60,7 @@ def validate(model: Lvlm, encoding: Encoding) -> dict[str, float]:
     Examples
     --------
     >>> import groundscope as gs
-    >>> from lvlm.spec_validation import validate
+    >>> from lvlm.identity_checks import validate
     >>> model = gs.load_lvlm("tiny", validate=False)
     >>> errors = validate(model, model.encode(gs.scenes.dataset(10, seed=0).examples[0]))
     >>> max(errors.values()) < 1e-5

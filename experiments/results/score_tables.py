@@ -62,7 +62,7 @@ def describe_answers(run: Path) -> list[str]:
 
 def _describe_seeds(answers: BehaviorResult) -> list[str]:
     """Return the accuracy of each seed as a line; empty for answers of one seed."""
-    from behavior.repetition import divide_seeds
+    from behavior.repeated_sampling import divide_seeds
 
     rates = [100 * part.rate("accuracy").value for part in divide_seeds(answers)]
     if len(rates) < 2:

@@ -41,7 +41,7 @@ class RandomText(MethodControl):
     Examples
     --------
     >>> import groundscope as gs
-    >>> from mitigation.training_free.controls.random_text import RandomText
+    >>> from mitigation.training_free.controls.random_text_tokens import RandomText
     >>> model, data = gs.load_lvlm("tiny"), gs.scenes.dataset(10, splits=["conflict"])
     >>> with RandomText().applied(model):
     ...     answers = gs.answer(model, data)
@@ -105,7 +105,7 @@ def text_layout(layout: RowLayout, seed: int) -> RowLayout:
     --------
     >>> import torch
     >>> from lvlm.decoding.row_layout import RowLayout
-    >>> from mitigation.training_free.controls.random_text import text_layout
+    >>> from mitigation.training_free.controls.random_text_tokens import text_layout
     >>> image = torch.tensor([[False, True, True, False, False, False]])
     >>> chosen = text_layout(RowLayout(torch.tensor([0]), image, torch.ones_like(image), prompt=5), 0).image
     >>> int(chosen.sum()), bool((chosen & image).any()), bool(chosen[0, 5])

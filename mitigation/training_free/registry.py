@@ -9,11 +9,11 @@ from __future__ import annotations
 from groundscope.core.registry import Registry
 from mitigation.self_judgment.dsgd import SelfJudgmentDecoding
 from mitigation.self_judgment.fgsd import HarmRefusal
-from mitigation.training_free.controls.cut import CutGreedy
+from mitigation.training_free.controls.cut_answers import CutGreedy
 from mitigation.training_free.controls.random_branches import GaussianBranch, OtherImageBranch
 from mitigation.training_free.controls.random_heads import RandomHeads
 from mitigation.training_free.controls.random_layers import RandomLayers
-from mitigation.training_free.controls.random_text import RandomText
+from mitigation.training_free.controls.random_text_tokens import RandomText
 from mitigation.training_free.controls.rules import APCOnly, Greedy, YesNoBias
 from mitigation.training_free.method import TrainingFree
 from mitigation.training_free.methods.ad_hh import ADHH

@@ -14,7 +14,7 @@ def scaled_layers(first: int, last: int, n_layers: int, published: int = 32) -> 
 
     Examples
     --------
-    >>> from mitigation.training_free.scaling import scaled_layers
+    >>> from mitigation.training_free.published_sizes import scaled_layers
     >>> list(scaled_layers(9, 14, 32)), list(scaled_layers(9, 14, 6))
     ([9, 10, 11, 12, 13, 14], [2])
     """

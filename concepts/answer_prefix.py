@@ -32,7 +32,7 @@ def join_words(start: str, words: str) -> str:
 
     Examples
     --------
-    >>> from concepts.written_text import join_words
+    >>> from concepts.answer_prefix import join_words
     >>> join_words("The apple is", "red"), join_words("The apple is ", "red"), join_words("a hot-", "dog")
     ('The apple is red', 'The apple is red', 'a hot-dog')
     """

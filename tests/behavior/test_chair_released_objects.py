@@ -15,7 +15,7 @@ from PIL import Image
 from behavior import BehaviorResult, chair
 from behavior.answer_files import load_answers, read_answers, row_of
 from behavior.chair import COCO_CATEGORIES, COCO_PHRASES, COCO_SYNONYMS, read_synonyms, score_captions
-from behavior.chair_release import singularize
+from behavior.chair_released_objects import singularize
 from behavior.metrics import compute_metrics
 from behavior.parsing import PARSERS
 from behavior.result import Cost

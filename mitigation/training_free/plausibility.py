@@ -15,7 +15,7 @@ def plausible(logits: Tensor, beta: float) -> Tensor:
     Examples
     --------
     >>> import torch
-    >>> from mitigation.training_free.candidates import plausible
+    >>> from mitigation.training_free.plausibility import plausible
     >>> plausible(torch.tensor([0.0, -1.0, -3.0]), 0.1).tolist()
     [True, True, False]
     """

@@ -26,7 +26,7 @@ def divide_seeds(answers: BehaviorResult) -> list[BehaviorResult]:
     Examples
     --------
     >>> import groundscope as gs
-    >>> from behavior.repetition import divide_seeds
+    >>> from behavior.repeated_sampling import divide_seeds
     >>> model, data = gs.load_lvlm("tiny"), gs.scenes.dataset(10, splits=["conflict"])[:2]
     >>> answers = gs.answer(model, data, generate=True, sampling=gs.Sampling(), seeds=3, max_new_tokens=1)
     >>> [len(part) for part in divide_seeds(answers)]

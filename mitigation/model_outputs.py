@@ -1,4 +1,4 @@
-"""What a model says in one condition, with or without a correction."""
+"""What a model writes in one condition, with or without a correction: its answers, and its predictions on plain text."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from concepts.schema import ConceptDataset
 
 
 @dataclass(frozen=True, eq=False)
-class Outcome:
-    """What a model says in one condition: answers to questions, and its predictions on plain text.
+class ModelOutputs:
+    """What a model writes in one condition: answers to questions and captions, and predictions on plain text.
 
     Examples
     --------
     >>> import groundscope as gs
-    >>> from mitigation.outcome import Outcome
+    >>> from mitigation.model_outputs import ModelOutputs
     >>> data = gs.ConceptDataset("two questions", gs.scenes.dataset(10)[:2])
-    >>> Outcome(data, gs.answer(gs.load_lvlm("tiny"), data, progress=False)).plain_text is None
+    >>> ModelOutputs(data, gs.answer(gs.load_lvlm("tiny"), data, progress=False)).plain_text is None
     True
     """
 
@@ -30,17 +30,17 @@ class Outcome:
     """For each text the token with the largest logit at each position of its continuation; None if not measured."""
 
 
-def combine_outcomes(questions: Outcome, text: Outcome) -> Outcome:
-    """Return one outcome from answers to questions and from free text.
+def combine_outputs(questions: ModelOutputs, text: ModelOutputs) -> ModelOutputs:
+    """Return the outputs on questions and those on free text as one.
 
     Examples
     --------
     >>> import groundscope as gs
-    >>> from mitigation.outcome import Outcome, combine_outcomes
-    >>> from mitigation.text_probe import TextProbe
+    >>> from mitigation.model_outputs import ModelOutputs, combine_outputs
+    >>> from mitigation.free_text_prompts import FreeTextPrompts
     >>> model, data = gs.load_lvlm("tiny"), gs.ConceptDataset("two", gs.scenes.dataset(10)[:2])
-    >>> text = TextProbe.of(model, data, captions=1, texts=1).outcome(model, None, progress=False)
-    >>> len(combine_outcomes(Outcome(data, gs.answer(model, data, progress=False)), text).answers)
+    >>> text = FreeTextPrompts.of(model, data, captions=1, texts=1).outputs(model, None, progress=False)
+    >>> len(combine_outputs(ModelOutputs(data, gs.answer(model, data, progress=False)), text).answers)
     3
     """
     ids = {e.id for e in text.data}
@@ -49,4 +49,4 @@ def combine_outcomes(questions: Outcome, text: Outcome) -> Outcome:
     data = ConceptDataset(
         questions.data.name, (*(e for e in questions.data if e.id not in ids), *text.data), questions.data.provenance
     )
-    return Outcome(data, answers, text.plain_text)
+    return ModelOutputs(data, answers, text.plain_text)

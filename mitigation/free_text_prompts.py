@@ -12,7 +12,7 @@ import torch
 from behavior import BehaviorResult, Cost, answer
 from circuits import intervened
 from concepts.schema import ConceptDataset, Example
-from mitigation.outcome import Outcome
+from mitigation.model_outputs import ModelOutputs
 
 if TYPE_CHECKING:
     from lvlm.model import Lvlm
@@ -35,7 +35,7 @@ def caption_prompts(data: ConceptDataset, limit: int = CAPTIONS) -> ConceptDatas
     Examples
     --------
     >>> import groundscope as gs
-    >>> from mitigation.text_probe import caption_prompts
+    >>> from mitigation.free_text_prompts import caption_prompts
     >>> prompts = caption_prompts(gs.scenes.dataset(20), limit=5)
     >>> len(prompts), {e.question for e in prompts}
     (5, {'Describe the image.'})
@@ -75,7 +75,7 @@ def plain_texts(model: Lvlm, data: ConceptDataset, limit: int = TEXTS) -> list[P
     Examples
     --------
     >>> import groundscope as gs
-    >>> from mitigation.text_probe import plain_texts
+    >>> from mitigation.free_text_prompts import plain_texts
     >>> texts = plain_texts(gs.load_lvlm("tiny"), gs.scenes.dataset(10), limit=2)
     >>> len(texts), texts[0].start < texts[0].tokens.shape[1]
     (2, True)
@@ -111,7 +111,7 @@ def predict_text(model: Lvlm, texts: Sequence[PlainText]) -> tuple[np.ndarray, .
     Examples
     --------
     >>> import groundscope as gs
-    >>> from mitigation.text_probe import plain_texts, predict_text
+    >>> from mitigation.free_text_prompts import plain_texts, predict_text
     >>> model = gs.load_lvlm("tiny")
     >>> texts = plain_texts(model, gs.scenes.dataset(10), limit=1)
     >>> (predictions,) = predict_text(model, texts)
@@ -129,16 +129,16 @@ def predict_text(model: Lvlm, texts: Sequence[PlainText]) -> tuple[np.ndarray, .
 
 
 @dataclass(frozen=True, eq=False)
-class TextProbe:
+class FreeTextPrompts:
     """Prompts that measure how much a correction changes free text.
 
     Examples
     --------
     >>> import groundscope as gs
-    >>> from mitigation.text_probe import TextProbe
+    >>> from mitigation.free_text_prompts import FreeTextPrompts
     >>> model = gs.load_lvlm("tiny")
-    >>> probe = TextProbe.of(model, gs.scenes.dataset(10), captions=2, texts=1)
-    >>> len(probe.captions), len(probe.texts)
+    >>> prompts = FreeTextPrompts.of(model, gs.scenes.dataset(10), captions=2, texts=1)
+    >>> len(prompts.captions), len(prompts.texts)
     (2, 1)
     """
 
@@ -146,19 +146,19 @@ class TextProbe:
     texts: list[PlainText] | None
 
     @classmethod
-    def of(cls, model: Lvlm, data: ConceptDataset, *, captions: int = CAPTIONS, texts: int = TEXTS) -> TextProbe:
+    def of(cls, model: Lvlm, data: ConceptDataset, *, captions: int = CAPTIONS, texts: int = TEXTS) -> FreeTextPrompts:
         """Return the prompts for some data; see `caption_prompts` and `plain_texts`."""
         return cls(caption_prompts(data, captions), plain_texts(model, data, texts))
 
-    def outcome(
+    def outputs(
         self, model: Lvlm, vector: SteeringVector | None, *, batch_size: int = 64, progress: bool | None = None
-    ) -> Outcome:
+    ) -> ModelOutputs:
         """Describe the images and continue the texts under a vector; None is the model without correction."""
         with intervened(model, [] if vector is None else vector.interventions()):
             plain = None if self.texts is None else predict_text(model, self.texts)
             if not len(self.captions):
-                return Outcome(self.captions, BehaviorResult((), Cost(None, None, 0)), plain)
+                return ModelOutputs(self.captions, BehaviorResult((), Cost(None, None, 0)), plain)
             answers = answer(
                 model, self.captions, batch_size=batch_size, max_new_tokens=CAPTION_TOKENS, progress=progress
             )
-        return Outcome(self.captions, answers, plain)
+        return ModelOutputs(self.captions, answers, plain)
