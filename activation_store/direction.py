@@ -141,7 +141,7 @@ class ConceptDirection:
         exact = np.asarray(weights, np.float64)
         norm = float(np.linalg.norm(exact))
         if not (math.isfinite(norm) and norm > 0):
-            msg = f"weights for '{concept}' at {site} have length {norm} and point nowhere; give finite nonzero weights"
+            msg = f"weights for '{concept}' at {site} have norm {norm}; give finite weights that are not all 0"
             raise StoreError(msg)
         return cls(
             site=site,

@@ -1,4 +1,4 @@
-"""The start of an answer that is already written, and the words that follow it."""
+"""Join the prefix of an answer and the words that follow it, with a space where the script needs one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SCRIPTS_WITHOUT_SPACES = (
 
 
 def join_words(start: str, words: str) -> str:
-    """Return a written start followed by more words, as one text.
+    """Return the prefix of an answer followed by more words, as one text.
 
     The next word follows directly after white space. Otherwise a space comes between, except after an opening bracket or
     quotation mark, a hyphen or a slash, and between characters of scripts without spaces.

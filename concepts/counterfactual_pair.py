@@ -1,4 +1,4 @@
-"""Two examples that differ in one stated thing."""
+"""A counterfactual pair: two examples that differ in one stated property."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Log-probabilities of whole answer texts, with each token read after the tokens before it."""
+"""Log-probabilities of whole answer texts: the sum over tokens, each given the tokens before it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which rows share the run of their common prefix: the image and the text before it, which several questions have in common.
+"""Group rows of a batch by their common prefix, the image and the text before the first different token, which runs once.
 
 Keys and values of a prompt's first tokens do not depend on the tokens after them, so the prefix of several questions about one
 image runs once, and each question continues its cache (`lvlm.decoding.prefix_run`). This module is the only place that decides

@@ -1,4 +1,4 @@
-"""Guards: what a correction must not cost, measured on any data that has it, with a limit for each.
+"""Guards: losses that restrict a correction, each with a limit, such as fewer right neutral answers or fewer objects named.
 
 A correction that answers "no" to everything removes every false "yes". So a strength is chosen by its losses, too. `guards` is an
 open table: a package adds a guard with ``guards.register(name, Guard(…))`` or an entry point of the group ``groundscope.guards``.

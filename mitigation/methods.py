@@ -100,7 +100,7 @@ def make_vector(method: MitigationMethod, data: DerivationData) -> SteeringVecto
     """Return the steering vector of a method; raises `DataError` for a method that makes another mitigation."""
     vector = method.make(data)
     if not isinstance(vector, SteeringVector):
-        msg = f"the method made '{vector.name}', which is no steering vector and has no strength to choose"
+        msg = f"the method made '{vector.name}', which is not a steering vector, so no strength can be chosen"
         raise DataError(msg)
     return vector
 

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class PatchScores(PairScores):
     """Effect of patching each site, by pair and position; returned by `circuits.patch`.
 
-    Effects are ``[n_pairs, n_sites, n_positions]``; NaN if a pair has fewer positions than others: they are aligned at the
-    last.
+    Effects are ``[n_pairs, n_sites, n_positions]``; NaN if a pair has fewer positions than others. Pairs are
+    aligned at their last position.
 
     Examples
     --------

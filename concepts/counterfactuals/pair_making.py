@@ -186,14 +186,15 @@ def balanced_pairs(
 ) -> PairSet:
     """Make pairs for patching: at most one per image, with the true answers in about equal numbers.
 
-    For photographs without a named method, or with several, the first that makes `limit` pairs is used, or else the one that
-    makes most.
+    For photographs, if `method` is None or several names, the methods are tried in their order. The first that makes `limit`
+    pairs is used; if none does, the one that makes the most.
 
     If examples of the split ``neutral`` allow such pairs, only these are used: in other splits the language prior suggests an
-    answer. Heads that only raise one answer, such as yes, would look like grounding heads if most pairs had it as their
-    true answer; so of each image the pair is used whose true answer is the rarest so far, and it waits while that answer is ahead
-    of the rarest one to questions with the same candidates by more than two pairs. If the first `limit` images have one answer
-    only, as with ``inpaint``, whose first image always shows the object, pairs are not balanced.
+    answer. Answers are balanced because heads that only raise one answer, such as yes, would look like grounding heads if most
+    pairs had it as their true answer. Of each image, the pair with the rarest true answer so far is chosen. It is used only
+    when this answer has at most two pairs more than the rarest answer to questions with the same candidates. If the first
+    `limit` images have only one answer, pairs are not balanced: with ``inpaint``, for example, the first image of a pair always
+    shows the object.
 
     Parameters
     ----------

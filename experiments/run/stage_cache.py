@@ -1,4 +1,4 @@
-"""Stages that several runs have in common are made once.
+"""Cache of finished stages: a stage that several runs have in common runs once.
 
 The key of a stage contains everything it depends on, so stages of two runs below one root with the same key are equal, in a
 sweep or not. The second run takes the files of the first as hard links, or as copies where the file system has no links: each

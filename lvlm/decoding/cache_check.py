@@ -1,4 +1,4 @@
-"""Two prompts of different length about one image, with which a model's cache is checked, and the error of rounding."""
+"""Check a model's key-value cache with two prompts of different length about one image; the tolerance is the rounding error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What chooses the tokens of answers while it is active in a model: a decoder, mostly one that runs an `AnswerRule`."""
+"""Decoders: each chooses the tokens of answers while it is active on a model. `RuleDecoder` runs an `AnswerRule`."""
 
 from __future__ import annotations
 

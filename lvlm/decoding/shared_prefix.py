@@ -1,4 +1,4 @@
-"""Logits after several prompts about one image: what they have in common, the image included, runs once."""
+"""Logits after several prompts about one image; their common prefix, which contains the image, runs once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Steering vectors as rows of an arena: placed, and as strong, as the stage `steer` of a run would choose.
+"""Steering vectors as rows of an arena, at the places and with the strength that the stage `steer` of a run would choose.
 
 A row without a strength has the one that a run chooses on its discovery images, so that it is compared as a user would apply it;
 strengths are also what a search of parameters tries (`mitigation.arena.search`).

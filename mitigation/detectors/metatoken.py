@@ -1,4 +1,4 @@
-"""MetaToken: a classifier on how the tokens of an object were written."""
+"""MetaToken: a classifier of hallucinated objects, on probabilities and attention at the tokens of an object."""
 
 from __future__ import annotations
 

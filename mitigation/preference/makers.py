@@ -150,7 +150,7 @@ def from_answers(data: Sequence[Example], answers: BehaviorResult, *, limit: int
         The questions.
     answers
         Their answers, such as those of ``behavior.answer(…, sampling=Sampling(), seeds=8)``; captions, which are neither right
-        nor wrong, and questions with answers of one kind are left out and counted.
+        nor wrong, and questions whose answers are all right or all wrong are left out and counted.
     limit
         Largest number of pairs of a question.
     seed

@@ -189,7 +189,7 @@ def judge_sentences(
     ends: Sequence[str] = (".",),
     share: bool | None = None,
 ) -> Judgments:
-    """Judge sentences about the image of an example; the image and what all prompts begin with run once.
+    """Judge sentences about the image of an example; the common prefix of all prompts, with the image, runs once.
 
     Parameters
     ----------

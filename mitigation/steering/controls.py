@@ -87,7 +87,7 @@ def displacement_rms(change: VectorChange, key: Key, store: ActivationSource, to
     if isinstance(change, AddChange):
         return change.sigma
     if not isinstance(change, AmplifyChange):
-        msg = f"{name_of(key)}: the displacement of a projection depends on the input"
+        msg = f"{name_of(key)}: a projection has no fixed displacement, so no control can match it; use kind add or amplify"
         raise PatchError(msg)
     x = read(store, key, tokens)
     added = change.displacements(x[~np.isnan(x).any(axis=1)])

@@ -85,7 +85,7 @@ def test_directions_that_cannot_be(change: dict, error: type[Exception], message
 
 
 def test_weights_that_point_nowhere() -> None:
-    with pytest.raises(StoreError, match="point nowhere"):
+    with pytest.raises(StoreError, match="not all 0"):
         ConceptDirection.from_weights("decoder.L0.z", "last", "object:apple", np.zeros(4))
 
 

@@ -1,4 +1,4 @@
-"""Skip-newline: write one paragraph."""
+"""Skip-newline: exclude tokens that are only line breaks, so that a description is one paragraph."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ class Steering(TrainingFree):
     def _check(self, model: Lvlm) -> None:
         self._derived().check(model)
         if self.strength is not None and not isinstance(self.mitigation, SteeringVector):
-            msg = f"strength={self.strength:g}: '{self.derivation}' is no steering vector and has no strength"
+            msg = f"strength={self.strength:g}: '{self.derivation}' makes no steering vector; leave strength out"
             raise ConfigError(msg)
 
     def _enter(self, model: Lvlm, stack: ExitStack) -> Decoder | None:
