@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from activation_store.format.schema import ArrayInfo
+from activation_store.row_input import RowInput, row_input
 from groundscope.core.errors import SiteError, StoreError
 from groundscope.core.text import format_count, nearest
 from lvlm.sites import Site, parse_component
@@ -77,7 +78,7 @@ class MemorySource:
     n_heads
         Number of heads of ``z``, whose D values are divided into heads of equal width.
     provenance
-        Plain JSON about the origin.
+        Plain JSON about the origin; ``input`` says what the rows have seen: ``both``, ``text`` or ``image``.
 
     Raises
     ------
@@ -153,6 +154,11 @@ class MemorySource:
     def provenance(self) -> Mapping[str, Any]:
         """Origin of the activations."""
         return self._provenance
+
+    @property
+    def input(self) -> RowInput:
+        """What the rows have seen, ``input`` of the provenance: ``both`` (image and text), ``text`` or ``image`` alone."""
+        return row_input(self)
 
     def __len__(self) -> int:
         return len(self._table)

@@ -15,6 +15,7 @@ from activation_store.format.encoding import STORAGE
 from activation_store.format.schema import ArrayInfo
 from activation_store.reading.catalog import layer_range
 from activation_store.reading.store import ActivationStore
+from activation_store.row_input import describe_input
 from groundscope.core.text import format_count
 
 _LONGEST = 100
@@ -32,6 +33,7 @@ def print_store(store: ActivationStore, console: Console) -> None:
         highlight=False,
     )
     console.print(f"digest {store.digest}", highlight=False, soft_wrap=True)
+    console.print(f"rows have seen {describe_input(store.input)}", highlight=False)
     console.print(_arrays(store))
     if len(store):
         for table in (_columns(store), _labels(store)):

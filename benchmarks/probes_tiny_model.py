@@ -138,7 +138,8 @@ def measure(store: ActivationStore, blank: ActivationStore) -> dict[str, Any]:
         read: Any = logit_lens.object_readout(store, nouns, vocabulary, rows=neutral, resamples=200)
         auc = [round(float(v), 3) for v in read.groupby("layer")["auc"].mean()]
         figures["noun by the unembedding at image:mean, auc"] = {"value": auc, "n": int(read["n"].max())}
-    alike: Any = alignment.layerwise(store, text_store=blank, permutations=199)
+    # The texts are questions about one blank image: rows that have seen both, but no image of their own.
+    alike: Any = alignment.measure_layers(store, blank, joint=True).table()
     for name, part in alike.groupby("measure"):
         figures[f"image and question tokens, {name}"] = {
             "value": [round(float(v), 3) for v in part["value"]],

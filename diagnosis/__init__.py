@@ -9,6 +9,8 @@ Functions, in the order of their use
         Pairs of the true answer and the answer that overrode it, to tune on (`mitigation.preference`).
     `compare_models`
         Compare answers, probes, heads and diagnoses of two models.
+    `ablate_alignment`
+        The change of each measure of alignment without a head or MLP (`diagnosis.alignment_ablation`).
 
 Modules, in the order of a diagnosis
     `diagnosis.fit`

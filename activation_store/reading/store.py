@@ -24,6 +24,7 @@ from activation_store.reading.catalog import Catalog
 from activation_store.reading.folder import Folder, OpenShard, check_mergeable, open_folder, provenance_of
 from activation_store.reading.query import find_rows
 from activation_store.reading.rows import RowSelection, as_range, resolve_rows, token_rows
+from activation_store.row_input import RowInput, row_input
 from concepts.label_names import is_label_name
 from groundscope.core.errors import SiteError, StoreError
 from groundscope.core.files import canonical_json, too_many_files
@@ -115,6 +116,11 @@ class ActivationStore:
     def provenance(self) -> Mapping[str, Any]:
         """The provenance that the tracer recorded."""
         return self._provenance
+
+    @property
+    def input(self) -> RowInput:
+        """What the rows have seen: ``both`` (image and text), ``text`` or ``image`` alone; ``both`` for older stores."""
+        return row_input(self)
 
     @property
     def schema(self) -> Schema:

@@ -17,6 +17,7 @@ from torch import Tensor
 from activation_store.format.model_tensors import BFLOAT16, FLOAT16, LazyTensor
 from activation_store.format.provenance_versions import VERSION
 from activation_store.format.schema import shard_numbers
+from activation_store.row_input import RowInput
 from activation_store.tracing.plan import Plan
 from concepts.schema import ConceptDataset
 from groundscope.core.errors import StoreError
@@ -71,6 +72,7 @@ def describe(
     answers: bool,
     generate: int = 0,
     shared: bool = False,
+    seen: RowInput = "both",
 ) -> dict[str, Any]:
     """Return the provenance of a store: JSON values, equal for equal stores except for ``environment``.
 
@@ -86,6 +88,8 @@ def describe(
         Maximum number of tokens of a generated answer; 0 for no generation.
     shared
         Whether examples about one image share the run of their prefix; recorded as part of the environment.
+    seen
+        What the rows have seen; recorded as ``input`` if it is one modality alone.
     """
     selections = dict.fromkeys(s for group in plan.selections.values() for s in group)
     stacks = {s: sorted(stack for stack, group in plan.selections.items() if s in group) for s in selections}
@@ -118,6 +122,7 @@ def describe(
             "digest": data.digest,
             "provenance": json.loads(json.dumps(dict(data.provenance), default=str)),
         },
+        **({"input": seen} if seen != "both" else {}),
         "sites": [str(read.site) for read in plan.reads],
         "tokens": {str(s): {"definition": _definition(s), "stacks": used} for s, used in stacks.items()},
         **({"reductions": reduced} if (reduced := _reductions(plan)) else {}),

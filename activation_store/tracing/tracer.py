@@ -24,6 +24,7 @@ from torch import Tensor
 from activation_store.format.ragged import Ragged
 from activation_store.format.schema import INDEX, TENSORS, ArrayInfo, Key, shard_numbers
 from activation_store.reading.store import ActivationStore
+from activation_store.row_input import RowInput
 from activation_store.tracing.continuation import (
     Continuation,
     ContinuedBatch,
@@ -49,6 +50,7 @@ from activation_store.tracing.plan import (
 )
 from activation_store.tracing.provenance import check_hooks, describe, read_unembedding
 from activation_store.tracing.shared_forward import SharedForward, shares_prefixes, trace_batches
+from activation_store.tracing.single_modality import select_modality
 from activation_store.writing.writer import StoreWriter
 from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import ConfigError, DataError, StoreError
@@ -80,6 +82,7 @@ def trace(
     heads: Sequence[int] | None = None,
     reduce: Reduce | None = None,
     shard_size: int = 512,
+    input: RowInput = "both",
     unembedding: bool = True,
     answers: bool = True,
     generate: int = 0,
@@ -134,6 +137,12 @@ def trace(
         that is also in `tokens` is stored both ways.
     shard_size
         Examples per file of the store.
+    input
+        What the rows see. ``both``: the whole prompt. ``text``: the prompt without its image, as for a question without one.
+        ``image``: the prompt of an empty question: image tokens, their markers and the words of the template, none of the
+        example (`activation_store.tracing.single_modality`); no answers are recorded then. The table keeps the questions and
+        boxes of the examples. A store says what its rows have seen (`ActivationStore.input`), and is not continued or merged with
+        another input.
     unembedding
         Store the final norm and the unembedding with decoder sites, in the dtype of the model's weights, for
         `probes.logit_lens`.
@@ -174,9 +183,9 @@ def trace(
         If there is no example, an image (with ``skip``: every image) cannot be read, answers have the same first token, or
         a prefix is not plain text that the tokenizer knows, or no example has mentions and their tokens are requested.
     ModelError
-        If the logits of an answer are not finite.
+        If the logits of an answer are not finite, or the model does not run on text alone.
     ConfigError
-        If the batch size is below 1, `on_error` is unknown, or one trace requests both the model's own and the true
+        If the batch size is below 1, `input` or `on_error` is unknown, or one trace requests both the model's own and the true
         answer.
     StoreError
         If the folder holds a store of another model, dataset or plan (the message names the field; a steering vector or
@@ -206,13 +215,15 @@ def trace(
     if not len(data):
         msg = f"dataset '{data.name}' has no examples to trace; give at least one"
         raise DataError(msg)
+    selected = [*([tokens] if isinstance(tokens, str) else tokens), *(reduce or {})]
+    whole, data = data, select_modality(model, data, input, sites, selected, generate)
+    answers = answers and input != "image"
     skipped = unreadable_images(data.examples, progress=progress) if on_error == "skip" else {}
     readable = [e for e in data.examples if e.id not in skipped]
     if skipped:
         _warn_about_skipped(skipped, data)
     if answers:
         check_answers(model, data)
-    selected = [*([tokens] if isinstance(tokens, str) else tokens), *(reduce or {})]
     continuation = choose_continuation(selected, generate)
     check_prefixes(model, readable)
     check_mentions(selected, data)
@@ -224,7 +235,7 @@ def trace(
         plan = make_plan(model, first, sites, tokens, dtype, heads, reduce)
     with _FORWARD:
         shared = shares_prefixes(model, readable, plan)
-    provenance = describe(model, data, plan, batch_size, answers=answers, generate=generate, shared=shared)
+    provenance = describe(model, whole, plan, batch_size, answers=answers, generate=generate, shared=shared, seen=input)
     if skipped:
         provenance["skipped"] = skipped
     folder = Path(out)
@@ -240,6 +251,7 @@ def trace(
     )
     part = readable[first_row:stop_row]
     extra = read_unembedding(model, plan) if unembedding else None
+    questions = {e.id: e.question for e in whole}
     with StoreWriter(
         folder, plan.schema, provenance, worker=worker, workers=workers, shard_size=shard_size, extra=extra
     ) as writer:
@@ -257,7 +269,10 @@ def trace(
                 chunk = part[start : start + size]
                 if any(e.id not in done for e in chunk):
                     arrays, table = run.chunk(chunk, lambda batch: advance(sum(e.id not in done for e in batch)))
-                    writer.append(arrays, {**table, "image": [pictures.get(e.id, "") for e in chunk]})
+                    columns = {"image": [pictures.get(e.id, "") for e in chunk]}
+                    if input == "image":  # the table keeps the questions that the model did not see
+                        columns["question"] = [questions[e.id] for e in chunk]
+                    writer.append(arrays, {**table, **columns})
     return ActivationStore(folder)
 
 

@@ -10,7 +10,9 @@ The measures of representational alignment of Shu et al. (arXiv 2501.01346, appe
 - `mir`, `mir_of`, `frechet_distance`: modality integration rate, of image and text tokens of one sequence
   (`integration_rate`)
 - `compare`: named measures of two arrays with permutation nulls and intervals (`comparison`)
-- `layerwise`: `compare` at every layer of a store (`layers`)
+- `measure_layers`, `LayerAlignment`: measures at every layer or head of two stores, with tests that include the choice of a place
+  (`layers`, `layer_scores`)
+- `transfer_modalities`: probes of images tested on texts, and the reverse (`modality_transfer`)
 
 `measures` is an open registry: an entry makes a measure available by name.
 """

@@ -4,8 +4,10 @@ from .comparison import compare
 from .gap import modality_gap
 from .integration_rate import IntegrationRate, MirVariant, frechet_distance, mir, mir_of
 from .kernels import cka, cknna, hsic_biased, hsic_unbiased
-from .layers import layerwise
+from .layer_scores import LayerAlignment
+from .layers import measure_layers
 from .measures import Measure, Settings, measures
+from .modality_transfer import ModalityTransfer, transfer_modalities
 from .neighbors import mutual_knn, neighbor_overlap
 from .pairing import ImageRows
 from .retrieval_ranks import RetrievalRanks, recall_at, retrieval
@@ -14,8 +16,10 @@ from .row_cosine import cosine, row_cosines
 __all__ = [
     "ImageRows",
     "IntegrationRate",
+    "LayerAlignment",
     "Measure",
     "MirVariant",
+    "ModalityTransfer",
     "RetrievalRanks",
     "Settings",
     "cka",
@@ -25,7 +29,7 @@ __all__ = [
     "frechet_distance",
     "hsic_biased",
     "hsic_unbiased",
-    "layerwise",
+    "measure_layers",
     "measures",
     "mir",
     "mir_of",
@@ -35,4 +39,5 @@ __all__ = [
     "recall_at",
     "retrieval",
     "row_cosines",
+    "transfer_modalities",
 ]

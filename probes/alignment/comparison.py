@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +91,20 @@ def draw_values(measure: Measure, a: Any, b: Any, images: ImageRows, test: Test)
         )
     )
     return Draws(measured, np.empty((0, len(measured))), np.array([low]), np.array([high]))
+
+
+def measure_rows(
+    x: np.ndarray, y: np.ndarray, images: ImageRows, chosen: Mapping[str, Measure], settings: Settings
+) -> np.ndarray:
+    """Return the values of measures of paired rows, in order, without tests; NaN where widths must be equal and differ."""
+    values = []
+    for name, measure in chosen.items():
+        if measure.equal_width and x.shape[1] != y.shape[1]:
+            values.append(np.full(len(measure.names(name)), math.nan))
+            continue
+        a, b = measure.prepare(x, images, settings), measure.prepare(y, images, settings)
+        values.append(measure.join(a, b, images)(np.arange(len(images))))
+    return np.concatenate(values)
 
 
 def one_sided_p(value: float, null: np.ndarray) -> float:

@@ -3,7 +3,7 @@
 - `permutation`, `baselines`: significance and controls of a grid
 - `transfer`, `multiclass`: a grid on other examples; choices among mutually exclusive concepts
 - `trajectory`: several grids in the order of the forward pass
-- `logit_lens`: a measure without a fitted probe
+- `logit_lens`, `nearest_word`: readings without a fitted probe
 - `reproduce_split`: the split of a grid, reproduced on its store
 """
 

@@ -1,5 +1,5 @@
 """Public modules of this wing."""
 
-from . import logit_lens
+from . import logit_lens, nearest_word
 
-__all__ = ["logit_lens"]
+__all__ = ["logit_lens", "nearest_word"]

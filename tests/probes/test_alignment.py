@@ -12,7 +12,7 @@ import scipy.linalg
 import torch
 
 from activation_store import ArrayInfo, Ragged
-from groundscope.core.errors import ProbeError, SiteError
+from groundscope.core.errors import ProbeError
 from probes import alignment
 from probes.alignment.kernels import gram, join_grams
 from tests.toys.memory_store import MemoryStore
@@ -153,16 +153,16 @@ def naive_ranks(x: np.ndarray, y: np.ndarray, images: list[str]) -> tuple[list[i
 def test_ranks_of_several_captions_an_image_equal_a_naive_loop_with_ties_against() -> None:
     rng = np.random.default_rng(7)
     names = [f"i{i}" for i in rng.integers(0, 12, size=40)]
-    picture = {name: rng.normal(size=6) for name in set(names)}
+    picture = {name: rng.normal(size=6) for name in dict.fromkeys(names)}
     picture[names[1]] = picture[names[0]]  # two images with one vector
     x = np.array([picture[name] for name in names])
-    y = x + rng.normal(size=x.shape)
+    y = x + 2 * rng.normal(size=x.shape)
     y[3] = y[5]
     ranks = alignment.retrieval(x, y, names)
     to_text, to_image = naive_ranks(x, y, names)
     assert ranks.image_to_text.tolist() == to_text
     assert ranks.text_to_image.tolist() == to_image
-    assert len(set(to_text)) > 3
+    assert len(set(to_text)) > 2
     assert alignment.recall_at(ranks.text_to_image, 5) == sum(r <= 5 for r in to_image) / 40
     # Equal vectors everywhere: every other candidate is a tie, and counts against.
     assert (alignment.retrieval(x, np.ones((40, 6))).text_to_image == 40).all()
@@ -346,57 +346,6 @@ def test_the_integration_rate_of_a_store_pools_tokens_and_sums_layers() -> None:
     assert (rate.image_tokens, rate.text_tokens, rate.n_images) == (180, len(pooled[1]), 10)
     assert rate.low < rate.value < rate.high < rate.low + 1
     assert rate.table()["image_tokens"].tolist() == [180, 180]
-
-
-def test_layers_of_a_store_one_example_a_group() -> None:
-    rng = np.random.default_rng(6)
-    groups, size = 40, 3
-    group = np.repeat(np.arange(groups), size)
-    text = rng.normal(size=(len(group), 2, 8))
-    image = rng.normal(size=(groups, 2, 8))[group]
-    image[:, 1] = text[np.repeat(np.arange(0, len(group), size), size), 1] + 0.1 * image[:, 1]  # of the first question
-    image[0] = np.nan
-    table = pd.DataFrame({"id": [f"q{i}" for i in range(len(group))], "group": [f"s{g:02}" for g in group]})
-    store = MemoryStore(
-        table, {("decoder", "resid_post", "image:mean"): image, ("decoder", "resid_post", "question:mean"): text}
-    )
-    scores = alignment.layerwise(store, joint=True, permutations=199).set_index(["layer", "measure"])
-    assert (scores["n"] == groups - 1).all()
-    assert scores.loc[(1, "mutual_knn"), "value"] > 0.7
-    assert scores.loc[(1, "cka"), "value"] > 0.9
-    assert abs(scores.loc[(0, "cka"), "value"]) < 0.2
-    assert scores.loc[(0, "mutual_knn"), "p"] > 0.02
-    with pytest.raises(SiteError, match="mlp_out"):
-        alignment.layerwise(store, "mlp_out", joint=True)
-    with pytest.raises(ProbeError, match="3 groups have both"):
-        alignment.layerwise(store, joint=True, rows=np.arange(120) < 12)
-
-
-def test_an_image_is_compared_with_a_text_that_does_not_attend_to_it() -> None:
-    """Question tokens that copied the image look aligned; the same questions about a blank image do not."""
-    rng = np.random.default_rng(1)
-    n, d = 60, 12
-    image, words = rng.normal(size=(n, 1, d)), rng.normal(size=(n, 1, d))
-    table = pd.DataFrame({"id": [f"q{i}" for i in range(n)], "group": [f"g{i}" for i in range(n)]})
-    selections = [("decoder", "resid_post", f"{name}:mean") for name in ("image", "question")]
-    store = MemoryStore(table, dict(zip(selections, (image, words + 5 * image), strict=True)))
-    order = rng.permutation(n)  # rows are matched by id
-    blank = MemoryStore(
-        table.iloc[order].reset_index(drop=True), dict(zip(selections, (0 * image, words[order]), strict=True))
-    )
-    for wrong in ({}, {"joint": True, "text_store": blank}):
-        with pytest.raises(ProbeError, match="question tokens of a prompt with an image have attended to that image"):
-            alignment.layerwise(store, **wrong)
-    joint = alignment.layerwise(store, joint=True, permutations=0).set_index("measure")
-    alone = alignment.layerwise(store, text_store=blank, permutations=0).set_index("measure")
-    assert set(joint["text"]) == {"joint"}
-    assert set(alone["text"]) == {"alone"}
-    assert joint.loc["cka", "value"] > 0.9
-    expected = alignment.cka(image[:, 0].astype(np.float32), words[:, 0].astype(np.float32))
-    assert alone.loc["cka", "value"] == pytest.approx(expected, abs=1e-6)
-    assert abs(expected) < 0.3
-    with pytest.raises(ProbeError, match="no example 'q5'"):
-        alignment.layerwise(store, text_store=MemoryStore(table.iloc[:5], {k: v[:5] for k, v in blank.values.items()}))
 
 
 def test_bad_input_is_refused(x: np.ndarray) -> None:
