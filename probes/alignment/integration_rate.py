@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 import numpy as np
 
+from activation_store.row_input import describe_input, row_input
 from activation_store.source import ActivationSource
 from groundscope.core.errors import ProbeError
 from groundscope.core.short_repr import short_repr
@@ -182,7 +183,7 @@ def mir(
     SiteError
         If the store does not have every token of both selections.
     ProbeError
-        If an example has no image tokens, or too few tokens remain.
+        If rows have seen one modality alone, an example has no image tokens, or too few tokens remain.
 
     Examples
     --------
@@ -197,6 +198,13 @@ def mir(
     >>> len(rate.distances), rate.image_tokens
     (6, 588)
     """
+    seen = row_input(store)
+    if seen != "both":
+        msg = (
+            f"MIR compares image and text tokens of one sequence, and these rows have seen {describe_input(seen)}; trace with "
+            "input='both'"
+        )
+        raise ProbeError(msg)
     arrays = [find_array(store, site, tokens, heads=False) for tokens in (image, text)]
     frame = store.frame()
     used = np.flatnonzero(row_mask(rows, len(frame)))

@@ -11,7 +11,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from activation_store import ArrayInfo, Ragged
+from activation_store import ArrayInfo, MemorySource, Ragged
 from groundscope.core.errors import ProbeError
 from probes import alignment
 from probes.alignment.kernels import gram, join_grams
@@ -346,6 +346,13 @@ def test_the_integration_rate_of_a_store_pools_tokens_and_sums_layers() -> None:
     assert (rate.image_tokens, rate.text_tokens, rate.n_images) == (180, len(pooled[1]), 10)
     assert rate.low < rate.value < rate.high < rate.low + 1
     assert rate.table()["image_tokens"].tolist() == [180, 180]
+    image[4] = image[4][:0]
+    with pytest.raises(ProbeError, match="example 'q4' has none of image:all"):
+        alignment.mir(store, resamples=0)
+    table = {"id": ["a"], "group": ["g"]}
+    alone = MemorySource({"resid_post": np.zeros((1, 1, 2))}, table, provenance={"input": "image"})
+    with pytest.raises(ProbeError, match="these rows have seen the image alone"):
+        alignment.mir(alone)  # type: ignore[arg-type]
 
 
 def test_bad_input_is_refused(x: np.ndarray) -> None:
