@@ -5,6 +5,8 @@ Functions, in the order of their use
         Fit the probes that a diagnosis reads activations with, from a store.
     `diagnose`
         Return `Diagnoses`: a verdict for each wrong answer, with its evidence.
+    `measure_losses`
+        Nats, by two families of readers, of what is lost at the projector.
     `preference_pairs`
         Pairs of the true answer and the answer that overrode it, to tune on (`mitigation.preference`).
     `compare_models`

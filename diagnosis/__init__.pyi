@@ -4,6 +4,7 @@ from .alignment_ablation import AlignmentAblation, ablate_alignment
 from .compare_models import compare_models, profile_model
 from .comparison import ModelComparison, ModelProfile, compare_profiles
 from .fit import DirectionSet, exclude_images, fit_directions, select_evenly, training_rows
+from .lost_information import measure_losses
 from .pipeline import diagnose
 from .preference_pairs import preference_pairs
 from .results import Diagnoses, Diagnosis
@@ -21,6 +22,7 @@ __all__ = [
     "diagnose",
     "exclude_images",
     "fit_directions",
+    "measure_losses",
     "preference_pairs",
     "profile_model",
     "select_evenly",

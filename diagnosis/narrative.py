@@ -57,6 +57,8 @@ def explain(diagnosis: Diagnosis) -> str:
         sentences.append(f"Without the image it would {also}say '{diagnosis.without_image}'.")
     if reading := _token_sentence(diagnosis):
         sentences.append(reading)
+    if diagnosis.information:
+        sentences.append(diagnosis.information)
     if diagnosis.unread and not diagnosis.reason:
         sentences.append(f"Not read: {named_stages(diagnosis.unread)}; the verdict does not depend on them.")
     sentences.append(f"Verdict: {verdict_of(diagnosis)}{f'; {diagnosis.reason}' if diagnosis.reason else ''}.")

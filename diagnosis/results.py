@@ -152,6 +152,9 @@ class Diagnosis:
     """``image``, ``prompt``, ``prior`` and ``log_odds`` of the model's answer (`circuits.input_attribution.attribute`); also for
     right answers that were selected for comparison. Where no other question can replace the example's own, but other prefixes
     can, as with words of captions, ``prefix`` instead of ``prompt``."""
+    information: str = ""
+    """For a concept that is lost: a sentence with its nats at the vision tower and the later stage
+    (`diagnosis.measure_losses`)."""
 
     __repr__ = short_repr
 

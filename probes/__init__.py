@@ -7,6 +7,7 @@
 - `lexical_control`, `control_task`, `random_features`: baselines (`analysis.baselines`)
 - `transfer`, `multiclass`: the same probes on other data; choices among concepts (`analysis`)
 - `layer_trajectory`, `find_onsets`: where in the model a concept appears and vanishes (`analysis.trajectory`)
+- `information_path`, `measure_information`: information in nats along the image's or the text's path (`information`)
 - `alignment`: similarity of representations, a subpackage
 - `logit_lens`: the unembedding on a store (`analysis.logit_lens`)
 - `LogisticProbe`, `RidgeProbe`, …: the same probes as scikit-learn classifiers (`classifiers`)

@@ -17,6 +17,11 @@ from .classifiers import (
 )
 from .fit import fit_grid
 from .grid import Cell, ProbeGrid
+from .information.families import PredictiveFamily, predictive_families
+from .information.infonce import infonce
+from .information.measure import measure_information
+from .information.path import PathSite, image_sites, information_path
+from .information.results import InformationPath
 from .plan import GridPlan, plan_grids
 from .protocol.estimators import Estimator, estimators
 from .protocol.inputs import probeable
@@ -27,11 +32,14 @@ __all__ = [
     "ConceptSubspaceProbe",
     "Estimator",
     "GridPlan",
+    "InformationPath",
     "LDAProbe",
     "LinearFit",
     "LogisticProbe",
     "MeanDifferenceProbe",
     "MultinomialProbe",
+    "PathSite",
+    "PredictiveFamily",
     "ProbeGrid",
     "RidgeProbe",
     "Significance",
@@ -41,12 +49,17 @@ __all__ = [
     "find_onsets",
     "fit_grid",
     "fit_logistic",
+    "image_sites",
+    "infonce",
+    "information_path",
     "layer_trajectory",
     "lexical_control",
     "logit_lens",
+    "measure_information",
     "multiclass",
     "permutation_test",
     "plan_grids",
+    "predictive_families",
     "probeable",
     "random_features",
     "transfer",

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from activation_store import trace
-from diagnosis import DirectionSet, diagnose, exclude_images, fit_directions, select_evenly
+from diagnosis import DirectionSet, diagnose, exclude_images, fit_directions, measure_losses, select_evenly
 from diagnosis.results import Diagnoses
 from experiments.data import load_parts, probe_data
 from experiments.run.context import Context
@@ -78,6 +78,7 @@ def _diagnose(context: Context) -> Diagnoses | None:
         calibrate_on=every_wrong,
         seed=options.seed,
     )
+    diagnoses = measure_losses(store, diagnoses, seed=options.seed)
     about = {"left_out": dict(directions.left_out)} | ({"fitted_to": fitted_to} if fitted_to else {})
     return replace(diagnoses, provenance={**diagnoses.provenance, **about})
 

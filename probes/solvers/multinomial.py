@@ -40,10 +40,12 @@ def fit_multinomial(
     tolerance: float = 1e-8,
     max_iterations: int = 200,
     start: MultinomialFit | None = None,
+    balanced: bool = True,
 ) -> MultinomialFit:
-    """Minimize ``0.5 ||W||^2 + C sum_i c_i (log sum_k exp(m_ik) - m_i,class(i))``, ``m = X W' + b``, with balanced classes.
+    """Minimize ``0.5 ||W||^2 + C sum_i c_i (log sum_k exp(m_ik) - m_i,class(i))``, ``m = X W' + b``.
 
-    The parametrization of scikit-learn's `LogisticRegression` with ``class_weight="balanced"``.
+    The parametrization of scikit-learn's `LogisticRegression` for more than two classes, by default with
+    ``class_weight="balanced"``.
 
     Parameters
     ----------
@@ -61,6 +63,8 @@ def fit_multinomial(
         Maximum number of Newton steps.
     start
         Initial point; the proven gap holds for any initial point.
+    balanced
+        Whether all classes have equal weight; otherwise all rows have the weight 1.
 
     Raises
     ------
@@ -79,7 +83,7 @@ def fit_multinomial(
     table = np.column_stack([spectrum.features @ axes, np.ones(len(classes))])  # [n, r + 1], the intercept last
     squares = (table**2).sum(axis=0)
     target = np.eye(count)[classes]
-    costs = C * class_weights(classes, count)[:, None]
+    costs = C * (class_weights(classes, count) if balanced else np.ones(len(classes)))[:, None]
     penalized = np.append(np.ones(axes.shape[1]), 0.0)[:, None]  # 1 for penalized rows of v, 0 for the intercept
 
     v = np.zeros((table.shape[1], count))

@@ -15,7 +15,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 EVERY = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").rglob("*.md") if "api" not in p.parts)]
-PAGES = [p for p in EVERY if p.stem in {"transformer_lens", "pairs", "caption_words", "own_labels", "steering"}]
+PAGES = [
+    p
+    for p in EVERY
+    if p.stem in {"transformer_lens", "pairs", "caption_words", "own_labels", "steering", "information"}
+]
 # What the page calls a result, and what must be true of it: a session that computes nothing would show here.
 SHOWN = {
     "transformer_lens": """
@@ -41,6 +45,10 @@ assert set(softmax["chance"]) == {0.5}
 assert own.concepts == ("hallucinated",) and own.n_train[0] + own.n_test[0] == 40
 assert used.sum() == len(questions) and scores.mean() > 0.3
 assert [v.image for v in views] == [0, 1] and all(len(v.positions) == 49 for v in views)
+""",
+    "information": """
+assert len(result) == len(path[::4]) == len(result.frame()) and result.families == ("linear",)
+assert 0.1 < result.nats.max() < result.entropy
 """,
     "pairs": """
 assert all(p.placebo and p.clean.answer == p.corrupt.answer for p in placebo)

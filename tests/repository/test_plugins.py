@@ -31,6 +31,8 @@ from experiments.report import Section, html
 from lvlm import FamilySpec
 from mitigation import Capability, Export, MitigationMethod, derive
 from mitigation.methods import blank_contrast
+from probes import PredictiveFamily
+from probes.information.linear import fit_linear
 
 
 SPEC = FamilySpec("my_llava", template="Human: {image}{question} Assistant:")
@@ -62,6 +64,7 @@ amplify_more = MitigationMethod(lambda data: derive.amplification(blank_contrast
 tags_section = Section("Tags", lambda run: html.section("tags", "Tags", html.paragraph(f"{len(run.examples)} tags")))
 yes_ratio = BehaviorMetric(lambda a: set(a.candidates) == {"yes", "no"}, lambda a: a.given == "yes")
 svm = LinearSVC(C=0.01)
+strict_family = PredictiveFamily(fit_linear, (1.0,))
 tags_row = SURVEY_ROWS["POPE"]
 tags_benchmark = replace(BENCHMARKS["r_bench"], title="Tags")
 
@@ -82,6 +85,7 @@ ENTRIES = {
     "groundscope.survey_rows": ("Tags", "tags_row"),
     "groundscope.metrics": ("spread", "spread"),
     "groundscope.estimators": ("svm", "svm"),
+    "groundscope.predictive_families": ("strict", "strict_family"),
     "groundscope.mitigations": ("amplify_more", "amplify_more"),
     "groundscope.exports": ("text_file", "text_file"),
     "groundscope.families": ("my_llava", "SPEC"),
@@ -161,6 +165,7 @@ TABLES = {
     "groundscope.survey_rows": gs.behavior.card.SURVEY_ROWS,
     "groundscope.metrics": gs.circuits.metrics,
     "groundscope.estimators": gs.probes.estimators,
+    "groundscope.predictive_families": gs.probes.predictive_families,
     "groundscope.mitigations": gs.mitigations,
     "groundscope.exports": gs.exports,
     "groundscope.families": gs.families,

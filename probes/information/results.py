@@ -1,0 +1,135 @@
+"""The information along a path of sites: values, intervals, changes, a table and a figure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from groundscope.core.errors import ProbeError
+from groundscope.core.short_repr import short_repr
+from groundscope.core.text import nearest
+from probes.information.changes import SiteChange
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True, eq=False)
+class InformationPath:
+    """V-information about a concept at each site of a path, in nats; returned by `probes.information_path`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from probes import measure_information
+    >>> z = np.arange(300) % 2
+    >>> x = np.random.default_rng(0).normal(size=(300, 4)) + 2.0 * z[:, None] * [1, 0, 0, 0]
+    >>> sites = {"early": x, "late": x[:, 1:]}  # the last site drops the informative dimension
+    >>> path = measure_information(sites, z, np.arange(300), families=("linear",))
+    >>> path.frame()[["site", "family", "nats"]].round(2)
+        site  family  nats
+    0  early  linear  0.33
+    1   late  linear  0.00
+    >>> [change.words for change in path.changes]
+    ['less linearly available']
+    """
+
+    concept: str
+    classes: tuple[str, ...]
+    sites: tuple[str, ...]
+    """In the order of the path."""
+    families: tuple[str, ...]
+    nats: np.ndarray
+    """float64 [M, S]: information of each family at each site, the mean of `pvi`; negative values are not clipped."""
+    low: np.ndarray
+    high: np.ndarray
+    """float64 [M, S]: interval over groups."""
+    pvi: np.ndarray
+    """float64 [M, S, N]: pointwise information of each row, ``log p[x](z) - log p[null](z)``."""
+    kept: np.ndarray
+    """float64 [S]: share of the variance of the training rows in the k dimensions that are read, mean over folds."""
+    entropy: float
+    """H(Z) of the rows, from their class shares."""
+    null_entropy: np.ndarray
+    """float64 [M]: H_V(Z), the held-out log-loss without the site: of class shares of the training rows, or of the reader of
+    `given`. Information is at most this."""
+    changes: tuple[SiteChange, ...]
+    """Between consecutive sites."""
+    choices: Mapping[str, tuple[tuple[Any, ...], ...]]
+    """By family, for each site the selected choice of each fold: a penalty, or ``null`` for the reader without features."""
+    ids: np.ndarray
+    """str [N]."""
+    groups: np.ndarray
+    """str [N]."""
+    given: str = ""
+    """What the null reads; empty for nothing. Information is conditional on it: ``H_V(Z | given) - H_V(Z | given, x)``."""
+    given_nats: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    """float64 [M]: information of `given` alone; empty without it."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """All options, and the digests of the stores."""
+
+    __repr__ = short_repr
+
+    def __post_init__(self) -> None:
+        for name in ("choices", "provenance"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def at(self, site: str, family: str = "linear") -> tuple[float, float, float]:
+        """Return nats, low and high end at a site; raises `ProbeError` for an unknown site or family."""
+        for kind, name, names in (("site", site, self.sites), ("family", family, self.families)):
+            if name not in names:
+                msg = f"unknown {kind} '{name}' of this path; choose from {', '.join(names)}{nearest(name, names)}"
+                raise ProbeError(msg)
+        where = self.families.index(family), self.sites.index(site)
+        return float(self.nats[where]), float(self.low[where]), float(self.high[where])
+
+    def frame(self) -> pd.DataFrame:
+        """Return one row per site and family.
+
+        Columns are nats, low, high, null_entropy, entropy and kept; change (from the site before), p_holm, control (the change
+        from the padded earlier site) and words.
+        """
+        import pandas as pd
+
+        rows = []
+        for s, site in enumerate(self.sites):
+            change = self.changes[s - 1] if s else None
+            for m, name in enumerate(self.families):
+                row: dict[str, Any] = {"site": site, "family": name}
+                row |= {"nats": self.nats[m, s], "low": self.low[m, s], "high": self.high[m, s]}
+                row |= {"null_entropy": self.null_entropy[m], "entropy": self.entropy, "kept": self.kept[s]}
+                of_family = change[name] if change is not None else None
+                for key in ("nats", "p_holm", "control"):
+                    column = "change" if key == "nats" else key
+                    row[column] = getattr(of_family, key) if of_family is not None else np.nan
+                rows.append(row | {"words": change.words if change is not None else ""})
+        return pd.DataFrame(rows)
+
+    def plot(self, path: str | Path | None = None, ax: Axes | None = None) -> Axes:
+        """Draw where information becomes unavailable; see `probes.information.plot.plot_path`."""
+        from probes.information.plot import plot_path
+
+        return plot_path(self, path=path, ax=ax)
+
+    def __str__(self) -> str:
+        given = f" given {self.given}" if self.given else ""
+        lines = [
+            f"{self.concept}{given}: H(Z) {self.entropy:.3f} nats, {len(self.ids)} rows of {len(set(self.groups))} groups"
+        ]
+        for s, site in enumerate(self.sites):
+            values = ", ".join(
+                f"{name} {self.nats[m, s]:.3f} [{self.low[m, s]:.3f}, {self.high[m, s]:.3f}]"
+                for m, name in enumerate(self.families)
+            )
+            words = f": {self.changes[s - 1].words}" if s and self.changes[s - 1].words else ""
+            lines.append(f"  {site}: {values}{words}")
+        return "\n".join(lines)
