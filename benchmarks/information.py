@@ -76,7 +76,7 @@ def known_answers(figures: dict[str, Figure], seeds: int) -> None:
             worst = max(worst, abs(nats["linear"] - true))
             worst_nonlinear = max(worst_nonlinear, abs(nats.get("nonlinear", true) - true))
         name = f"gaussians_mu_{mu:g}"
-        figures[f"{name}_error_of_mean"] = figure(abs(np.mean(values) - known), "<= 0.02 nats", seeds)
+        figures[f"{name}_error_of_mean"] = figure(abs(float(np.mean(values)) - known), "<= 0.02 nats", seeds)
         figures[f"{name}_worst_from_true_model"] = figure(worst, "<= 0.005 nats", seeds)
         figures[f"{name}_worst_from_true_model_nonlinear"] = figure(worst_nonlinear, "<= 0.005 nats", nonlinear_seeds)
 
