@@ -12,6 +12,8 @@ from groundscope.core.statistics import draws_interval, group_totals
 DRAWS = 2000
 """Draws of whole groups; the smallest p is 2 / (DRAWS + 1), small enough for Holm over 50 sites."""
 _CELLS = 1 << 22
+LEAST_CHANGE = 0.01
+"""Smaller changes have no words, in nats, however certain they are: paired differences of equal sites are very precise."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ class SiteChange:
     families: tuple[FamilyChange, ...]
     words: str
     """``lost`` if both the linear and the nonlinear family fall, ``less linearly available`` (or ``less available to the NAME
-    family``) if one does, ``made available`` if a family rises, otherwise empty: no significant change."""
+    family``) if one does, ``made available`` if a family rises, otherwise empty: no significant change, or
+    one of less than `LEAST_CHANGE`."""
 
     def __getitem__(self, family: str) -> FamilyChange:
         return next(change for change in self.families if change.family == family)
@@ -140,7 +143,7 @@ def summarize(
             FamilyChange(name, *(float(a[m, j]) for a in (nats, low, high, p, p_holm, *control)))
             for m, name in enumerate(families)
         )
-        significant = [c for c in of_family if c.p_holm <= alpha]
+        significant = [c for c in of_family if c.p_holm <= alpha and abs(c.nats) >= LEAST_CHANGE]
         words = describe([c.family for c in significant if c.falls], [c.family for c in significant if not c.falls])
         changes.append(SiteChange(sites[j], sites[j + 1], of_family, words))
     return tuple(changes)

@@ -103,7 +103,7 @@ def measure_information(
     >>> rng = np.random.default_rng(0)
     >>> signs = rng.choice([-1, 1], size=(400, 2))
     >>> path = measure_information({"signs": signs + 0.2 * rng.normal(size=(400, 2))}, signs.prod(1), np.arange(400))
-    >>> dict(zip(path.families, path.nats[:, 0].round(1).tolist()))
+    >>> dict(zip(path.families, (path.nats[:, 0].round(1) + 0).tolist()))  # + 0: no -0.0
     {'linear': 0.0, 'nonlinear': 0.7}
     """
     if control not in (True, False) or k < 1 or not 0 < confidence < 1:

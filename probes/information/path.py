@@ -155,7 +155,7 @@ def information_path(
     >>> table = {"id": range(240), "group": np.arange(240) // 2, "object:cat": cat}
     >>> store = MemorySource({("vision.resid_post", "image:mean"): x}, table)
     >>> path = information_path(image_sites(store), "object:cat", families=("linear",))
-    >>> path.nats.round(1).tolist(), path.changes[0].words
+    >>> (path.nats.round(1) + 0).tolist(), path.changes[0].words
     ([[0.7, 0.0]], 'less linearly available')
     """
     if not path:

@@ -32,10 +32,8 @@ class InformationPath:
     >>> x = np.random.default_rng(0).normal(size=(300, 4)) + 2.0 * z[:, None] * [1, 0, 0, 0]
     >>> sites = {"early": x, "late": x[:, 1:]}  # the last site drops the informative dimension
     >>> path = measure_information(sites, z, np.arange(300), families=("linear",))
-    >>> path.frame()[["site", "family", "nats"]].round(2)
-        site  family  nats
-    0  early  linear  0.33
-    1   late  linear  0.00
+    >>> (path.frame()["nats"].round(1) + 0).tolist(), path.at("early")[0] > 0.25
+    ([0.3, 0.0], True)
     >>> [change.words for change in path.changes]
     ['less linearly available']
     """
