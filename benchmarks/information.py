@@ -179,7 +179,7 @@ def main() -> None:
         "directions": lambda figures: other_directions(figures, min(seeds, 3)),
         "control": lambda figures: width_control(figures, paths),
         "infonce": lambda figures: baseline(figures, 20 if options.quick else 100),
-        "model": lambda figures: embedded_model(figures, 60 if options.quick else 250),
+        "model": lambda figures: embedded_model(figures, 150 if options.quick else 250),
     }
     parts = options.parts.split(",")
     if unknown := set(parts) - work.keys():
