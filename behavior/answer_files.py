@@ -418,7 +418,7 @@ def row_of(example: Example, text: str, rule: Parser) -> Answer:
         id=example.id,
         group=example.group,
         split=example.split,
-        level=example.level,
+        level=example.level or "",
         kind=example.kind,
         question=example.question,
         answer=example.answer,

@@ -366,8 +366,8 @@ def _parse(example: Example, text: str, rule: Parser, match: str) -> Answer:
 
 
 def _row(example: Example, **fields: Any) -> Answer:
-    names = ("id", "group", "split", "level", "kind", "question", "answer", "candidates", "prior_answer")
-    return Answer(**{name: getattr(example, name) for name in names}, **fields)
+    names = ("id", "group", "split", "kind", "question", "answer", "candidates", "prior_answer")
+    return Answer(**{name: getattr(example, name) for name in names}, level=example.level or "", **fields)
 
 
 @contextmanager

@@ -240,7 +240,7 @@ def ablate(
         heads=head_sets,
         ids=tuple(e.id for e in examples),
         groups=tuple(e.group for e in examples),
-        levels=tuple(e.level for e in examples),
+        levels=tuple(e.level or "" for e in examples),
         method=method,
         tokens=str(where),
         reference=0 if method == "zero" else len(reference_examples),

@@ -211,7 +211,7 @@ def sweep(
         right=right,
         ids=tuple(e.id for e in answered),
         groups=tuple(e.group for e in answered),
-        levels=tuple(e.level for e in answered),
+        levels=tuple(e.level or "" for e in answered),
         wrong=wrong,
         without=without,
         model=model.name,

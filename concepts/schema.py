@@ -45,7 +45,8 @@ class Example:
     """The true answer, one of `candidates`; for a caption, a reference description."""
     candidates: tuple[str, ...]
     """The possible answers, such as ``("yes", "no")`` or all colors; empty for free text."""
-    level: Level
+    level: Level | None
+    """``object``, ``attribute`` or ``relation``; None for a question without a level, such as one that asks for reasoning."""
     kind: str
     """Form of the question: ``existence``, ``color``, ``what_color``, ``size``, ``relation``, ``caption``, …"""
     split: str

@@ -116,7 +116,7 @@ def select_evenly(examples: Sequence[Example], limit: int, *, seed: int = 0) -> 
     parts: dict[tuple[str, str], list[Example]] = {}
     for i in rng.permutation(len(examples)):
         example = examples[int(i)]
-        parts.setdefault((example.level, example.split), []).append(example)
+        parts.setdefault((example.level or "", example.split), []).append(example)
     selected: list[Example] = []
     while len(selected) < limit and any(parts.values()):
         for key in sorted(parts):

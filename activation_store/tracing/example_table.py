@@ -56,7 +56,7 @@ def build_row(model: Lvlm, encoding: Encoding, logits: Tensor | None, concepts: 
         "answer": e.answer,
         "split": e.split,
         "kind": e.kind,
-        "level": e.level,
+        "level": e.level or "",
         "subject": subject.noun if subject else "",
         "prior_answer": e.prior_answer or "",
         "model_answer": model_answer,

@@ -8,11 +8,16 @@ One module for each benchmark, whose docstring lists what its release does and t
     Score an answer file; no model is needed.
 `questions`
     Read a benchmark's questions.
+`ask`
+    Ask a local model the questions of a benchmark; its answers are an answer file of the released layout.
+`benchmark_data`
+    Load questions and images of a benchmark as a dataset.
 `write_requests`
     Write answers for a benchmark's judge; its verdicts come back by ``score_files(…, verdicts=FILE)``.
 """
 
 from behavior.benchmarks.answer_formats import ANSWER_FORMATS, AnswerFormat, Reading
+from behavior.benchmarks.asking import AskedBenchmark, ask, benchmark_data
 from behavior.benchmarks.registry import BENCHMARKS, register
 from behavior.benchmarks.rows import TASKS, AnsweredQuestion, BenchmarkQuestion, BenchmarkScore
 from behavior.benchmarks.scoring import questions, score_files, write_requests
@@ -25,12 +30,15 @@ __all__ = [
     "AnswerFormat",
     "AnswerLayout",
     "AnsweredQuestion",
+    "AskedBenchmark",
     "Benchmark",
     "BenchmarkQuestion",
     "BenchmarkScore",
     "Judge",
     "Reading",
     "Scoring",
+    "ask",
+    "benchmark_data",
     "questions",
     "register",
     "score_files",

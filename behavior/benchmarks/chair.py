@@ -93,6 +93,21 @@ def _no_questions(_: Mapping[str, Path]) -> list[BenchmarkQuestion]:
     raise DataError(msg)
 
 
+def _to_ask(files: Mapping[str, Path], _: Path) -> list[BenchmarkQuestion]:
+    """Return a request for each image of the instances; its text is that of the caller."""
+    questions = []
+    for entry in stream(files[QUESTIONS]):
+        if entry.key == "images":
+            record = entry.record()
+            questions.append(
+                BenchmarkQuestion(
+                    record.identifier("id"), record.text("file_name"), "", "", "caption", level="object", kind="caption",
+                    where=record.where,
+                )
+            )  # fmt: skip
+    return questions
+
+
 def _score(scoring: Scoring) -> BenchmarkScore:
     synonyms = read_synonyms(scoring.files[SYNONYMS]) if SYNONYMS in scoring.files else COCO_SYNONYMS
     rows = scoring.rows
@@ -135,4 +150,5 @@ CHAIR = Benchmark(
     variants={"release": "parsed and counted as the released scorer", "paper": "an object counts once per caption"},
     optional=(CAPTIONS, SYNONYMS),
     read_answers=_read_answers,
+    to_ask=_to_ask,
 )

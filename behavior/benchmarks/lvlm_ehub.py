@@ -18,7 +18,7 @@ table of any of its tasks by the benchmark's six capabilities.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -137,6 +137,17 @@ def _read_answers(path: Path, _: Mapping[str, Path]) -> list[AnsweredQuestion]:
     return records.read_answered(path, _question_of_answer, ("answer",))
 
 
+def _write(rows: Sequence[AnsweredQuestion], path: Path) -> int:
+    return records.write_lines(
+        path,
+        (
+            {"question_id": r.question.id, "image_path": r.question.image, "question": r.question.text,
+             "gt_answers": r.question.answer, "answer": r.text}
+            for r in rows
+        ),
+    )  # fmt: skip
+
+
 def _score(scoring: Scoring) -> BenchmarkScore:
     right = [re.search(rf"\b{normalize(r.question.answer)}\b", normalize(r.text)) is not None for r in scoring.rows]
     both = sum({"yes", "no"} <= set(normalize(r.text).split()) for r in scoring.rows)
@@ -166,4 +177,5 @@ LVLM_EHUB = Benchmark(
     AnswerLayout(("answer", "text"), ids=("question_id", "id"), image=("image_path", "image")),
     read_answers=_read_answers,
     answers_hold_questions=True,
+    write=_write,
 )

@@ -8,17 +8,21 @@ right). Cognition has no level.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from behavior import mme
-from behavior.benchmarks.figures import score_of, summed
+from behavior.benchmarks.figures import grouped, score_of, summed
 from behavior.benchmarks.rows import AnsweredQuestion, BenchmarkQuestion, BenchmarkScore
 from behavior.benchmarks.specification import QUESTIONS, AnswerLayout, Benchmark, Scoring
 from behavior.parsing import PARSERS
 from concepts.loaders.mme import COGNITION, LEVEL_OF, answer_of, subtask_files
+from concepts.loaders.mme import mme as load_mme
+from concepts.question import YES_NO
 from concepts.reading.tables import read_tab_separated
 from groundscope.core.errors import DataError
+from groundscope.core.files import write_text
 from groundscope.core.statistics import Estimate
 
 _PARSERS = {"release": "mme", "yes_no": "yes_no", "vlmevalkit": "vlmevalkit"}
@@ -50,6 +54,31 @@ def _no_questions(_: Mapping[str, Path]) -> list[BenchmarkQuestion]:
     raise DataError(msg)
 
 
+def _to_ask(files: Mapping[str, Path], images: Path) -> list[BenchmarkQuestion]:
+    return [
+        BenchmarkQuestion(
+            e.id, e.group, e.question, e.answer, "yes/no", level=e.level or "", kind=e.kind, candidates=YES_NO
+        )
+        for e in load_mme(files[QUESTIONS], images, cognition=True)
+    ]
+
+
+def _one_line(text: str) -> str:
+    """Return a text with a space for each tab and line break; leading blanks count in the released rule, so they stay."""
+    return re.sub(r"[\t\r\n\v\f\x1c-\x1e\x85\u2028\u2029]", " ", text)
+
+
+def _write(rows: Sequence[AnsweredQuestion], path: Path) -> None:
+    """Write a folder with a file for each subtask."""
+    path.mkdir(parents=True, exist_ok=True)
+    for subtask, members in grouped(rows, lambda r: r.question.kind).items():
+        lines = [
+            "\t".join((Path(r.question.image).name, r.question.text, r.question.answer.capitalize(), _one_line(r.text)))
+            for r in members
+        ]
+        write_text(path / f"{subtask}.txt", "".join(f"{line}\n" for line in lines))
+
+
 def _score(scoring: Scoring) -> BenchmarkScore:
     parser = _PARSERS[scoring.variant]
     scores = mme.score_files(scoring.rows[0].question.fields["path"], parser=parser)
@@ -72,7 +101,9 @@ MME = Benchmark(
     "Fu et al. 2023, arXiv 2306.13394; BradyFU/Awesome-Multimodal-Large-Language-Models, eval_tool",
     ("yes/no",),
     ("object", "attribute", "relation"),
-    {QUESTIONS: "none: the answer files hold the questions"},
+    {
+        QUESTIONS: "the folder of the release, or of <subtask>.txt files, for asking a model; answer files hold the questions"
+    },
     _no_questions,
     _score,
     AnswerLayout(("response",)),
@@ -83,4 +114,7 @@ MME = Benchmark(
     },
     read_answers=_read_answers,
     answers_hold_questions=True,
+    optional=(QUESTIONS,),
+    to_ask=_to_ask,
+    write=_write,
 )

@@ -165,4 +165,5 @@ MMVP = Benchmark(
     read_answers=_read_answers,
     answers_hold_questions=True,
     unjudged=("letter",),
+    write=_write_requests,
 )

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,8 @@ from groundscope.core.user_files import read_json
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from concepts.image_source import ImageSource
 
 SUBSETS = "subsets"
 _OFFSET = 0.00001
@@ -92,6 +95,46 @@ def mark_boxes(image: Image.Image, subject: Sequence[float], object_: Sequence[f
     for box, color in ((subject, "red"), (object_, "green")):
         draw.rectangle([share * side for share, side in zip(box, result.size * 2, strict=True)], outline=color, width=4)
     return result
+
+
+@dataclass(frozen=True)
+class MarkedImage:
+    """An image with the boxes of `mark_boxes`, as an image source.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> from behavior.benchmarks.r_bench import MarkedImage
+    >>> image = gs.scenes.dataset(10)[0].image
+    >>> MarkedImage(image, (0.1, 0.1, 0.5, 0.5), (0.4, 0.4, 0.9, 0.9)).load().size
+    (112, 112)
+    """
+
+    source: ImageSource
+    subject: tuple[float, ...]
+    object: tuple[float, ...]
+
+    @property
+    def identity(self) -> str:
+        """The identity of the image, and the boxes."""
+        return f"{self.source.identity} boxes {self.subject} {self.object}"
+
+    def load(self) -> Image.Image:
+        """Return the image with both boxes."""
+        return mark_boxes(self.source.load(), self.subject, self.object)
+
+
+def _present(question: BenchmarkQuestion, image: ImageSource) -> tuple[ImageSource, str]:
+    """Mark the objects of an instance-level question in the image and in the text."""
+    fields = question.fields
+    if not {"subject", "object", "sub_box", "obj_box"} <= set(fields):
+        return image, question.text
+    boxes = [fields[name] for name in ("sub_box", "obj_box")]
+    if not all(isinstance(b, list) and len(b) == 4 and all(isinstance(v, int | float) for v in b) for b in boxes):
+        msg = f"{question.where}: 'sub_box' and 'obj_box' must be four shares x0, y0, x1, y1"
+        raise DataError(msg)
+    text = instance_question(question.text, str(fields["subject"]), str(fields["object"]))
+    return MarkedImage(image, tuple(boxes[0]), tuple(boxes[1])), text
 
 
 def _question(_: int, record: Record) -> BenchmarkQuestion:
@@ -232,4 +275,5 @@ R_BENCH = Benchmark(
     },
     optional=(SUBSETS,),
     repeated=("last_answer",),
+    present=_present,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,29 @@ from concepts.reading.record import Record, abbreviate, is_text
 from groundscope.core.errors import DataError
 from groundscope.core.files import write_whole
 
+_LONGEST_CELL = 10_000
+"""Characters of a cell that is repeated in answer files; images in base64 are longer."""
 VERDICT_IDS = ("id", "question_id", "index", "image_id")
 """Fields of a verdict that may identify the question."""
 
 
 def read_questions(path: Path, make: Callable[[int, Record], BenchmarkQuestion | None]) -> list[BenchmarkQuestion]:
     """Return the questions of a file: `make` gets the number of each record, from 0, and the record; None leaves it out."""
-    parsed = (make(number, record) for number, record in enumerate(read_rows(path)))
-    return [question for question in parsed if question is not None]
+    questions = []
+    for number, record in enumerate(read_rows(path)):
+        question = make(number, record)
+        if question is not None:
+            questions.append(replace(question, record=_short_cells(record)))
+    return questions
+
+
+def _short_cells(record: Record) -> dict[str, Any]:
+    """Return the fields of a record without images: bytes, and long texts of a table."""
+    return {
+        name: value
+        for name, value in record.values.items()
+        if not isinstance(value, bytes | dict) and not (is_text(value) and len(value) > _LONGEST_CELL)
+    }
 
 
 def read_answered(

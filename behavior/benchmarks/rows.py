@@ -51,9 +51,12 @@ class BenchmarkQuestion:
     """Fields of the benchmark that its rule uses."""
     where: str = ""
     """File and record, for messages."""
+    record: Mapping[str, Any] = field(default_factory=dict)
+    """The record of the question file, for answer files that repeat it; without long cells, such as images."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "fields", MappingProxyType(dict(self.fields)))
+        object.__setattr__(self, "record", MappingProxyType(dict(self.record)))
 
     @property
     def group(self) -> str:

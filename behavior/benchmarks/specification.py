@@ -12,6 +12,7 @@ from groundscope.core.errors import ConfigError, DataError
 from groundscope.core.text import nearest
 
 if TYPE_CHECKING:
+    from concepts.image_source import ImageSource
     from concepts.reading.record import Record
 
 QUESTIONS = "questions"
@@ -130,6 +131,12 @@ class Benchmark:
     """Variants of a benchmark with a judge that need no verdicts."""
     repeated: tuple[str, ...] = ()
     """Variants in which the last of several answers to a question counts; in all others they are an error."""
+    to_ask: Callable[[Mapping[str, Path], Path], Sequence[BenchmarkQuestion]] | None = None
+    """Function of the files and the folder of images that returns the questions for a model; None: those of `read`."""
+    present: Callable[[BenchmarkQuestion, ImageSource], tuple[ImageSource, str]] | None = None
+    """Returns image and text as the release shows them to a model, where it changes them; None: unchanged."""
+    write: Callable[[Sequence[AnsweredQuestion], Path], object] | None = None
+    """Writes a model's answers in the released layout; None: JSON lines with the fields of `answers`."""
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -171,7 +171,7 @@ def find_imbalance(audited: AuditedData) -> tuple[list[Finding], dict[str, float
     by_noun: dict[str, list[Example]] = defaultdict(list)
     for example in audited.data:
         if set(example.candidates) == {"yes", "no"}:
-            by_kind[f"{example.level}/{example.kind}/{example.split}"].append(example)
+            by_kind[f"{example.level or 'no level'}/{example.kind}/{example.split}"].append(example)
             noun = asked_noun(example.question)
             if noun is not None:
                 by_noun[canonical_noun(noun)].append(example)

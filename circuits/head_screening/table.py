@@ -258,7 +258,7 @@ def head_table(
         values={method: scores[method] for method in methods},
         ids=tuple(e.id for e in examples),
         groups=tuple(e.group for e in examples),
-        levels=tuple(e.level for e in examples),
+        levels=tuple(e.level or "" for e in examples),
         model=model.name,
         config_hash=model.config_hash,
         weights_hash=model.weights_hash,

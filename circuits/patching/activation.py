@@ -180,7 +180,7 @@ def record_of(
     return {
         "ids": tuple(p.clean.id for p in pairs),
         "groups": tuple(p.group for p in pairs),
-        "levels": tuple(p.clean.level for p in pairs),
+        "levels": tuple(p.clean.level or "" for p in pairs),
         "kinds": tuple(p.kind for p in pairs),
         "tokens": tokens,
         "mode": settings.mode,

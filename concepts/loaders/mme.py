@@ -35,13 +35,14 @@ LEVEL_OF: Mapping[str, Level] = MappingProxyType(
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 """Cognition subtasks. They require reasoning beyond the content of the image and have no level."""
 
-
 _ENDINGS = (".jpg", ".png", ".jpeg")
 _IMAGES, _QUESTIONS = "images", "questions_answers_YN"
 """Folders inside the folder of a subtask in the release; other subtasks have images and questions in one folder."""
 
 
-def mme(questions: Path | str, images: Path | str, *, limit: int | None = None) -> ConceptDataset:
+def mme(
+    questions: Path | str, images: Path | str, *, limit: int | None = None, cognition: bool = False
+) -> ConceptDataset:
     r"""Load MME questions.
 
     Parameters
@@ -58,12 +59,14 @@ def mme(questions: Path | str, images: Path | str, *, limit: int | None = None) 
         release.
     limit
         Maximum number of questions of each subtask; the first ones are used.
+    cognition
+        Whether to load the cognition subtasks too. Their questions require reasoning and have no level (None).
 
     Returns
     -------
     ConceptDataset
-        Yes-no questions whose kind is the subtask; groups are images. Cognition subtasks have no level, so their questions
-        are left out and counted; `behavior.mme.score_files` scores them.
+        Yes-no questions whose kind is the subtask; groups are images. Without `cognition`, the questions of cognition
+        subtasks are left out and counted.
 
     Raises
     ------
@@ -94,10 +97,11 @@ def mme(questions: Path | str, images: Path | str, *, limit: int | None = None) 
     for subtask, (folder, files) in sources.items():
         places: dict[tuple[str, str], str] = {}
         for number, record in enumerate(_records(files, released=folder is not None), 1):
-            if subtask not in LEVEL_OF or (limit is not None and number > limit):
-                left_out["questions of cognition" if subtask not in LEVEL_OF else "questions beyond the limit"] += 1
+            unwanted = subtask not in LEVEL_OF and not cognition
+            if unwanted or (limit is not None and number > limit):
+                left_out["questions of cognition" if unwanted else "questions beyond the limit"] += 1
                 continue
-            level, answer = LEVEL_OF[subtask], answer_of(record)
+            level, answer = LEVEL_OF.get(subtask), answer_of(record)
             name = _image_name(record, folder or files[0].stem, image_folder, released=folder is not None)
             image = image_folder.find(name, record.where)
             question = record.text("question").strip()
@@ -116,7 +120,7 @@ def mme(questions: Path | str, images: Path | str, *, limit: int | None = None) 
                     kind=subtask,
                     split="neutral",
                     group=image.name,
-                    labels={f"{level}:named": answer == "yes"},
+                    labels={f"{level}:named": answer == "yes"} if level else {},
                 )
             )
     return build_dataset(

@@ -28,7 +28,7 @@ def pair_kind(example: Example) -> str:
 
     ``object``, ``color``, ``attribute`` (another than the color), ``relation`` or ``action``.
     """
-    return _KINDS.get(example.kind, example.level)
+    return _KINDS.get(example.kind, example.level or "")
 
 
 def swap_pairs(
