@@ -309,18 +309,19 @@ def score_captions(
     vocabulary_and_objects = [*vocabulary, *(noun for nouns in annotated.values() for noun in nouns)]
     lines = {(number, i): line for number, e in examples.items() for i, line in enumerate(e.answer.splitlines())}
     human_captions = {f"{i}/{number}": line for (number, i), line in lines.items()}
-    # Parse human captions like the model's, with an empty image: every object counts as "mentioned".
-    parsed = chair(
-        human_captions,
-        dict.fromkeys(human_captions, ()),
-        synonyms,
-        vocabulary=vocabulary_and_objects,
-        phrases=phrases,
-        variant=variant,
-    )
     present = {number: list(nouns) for number, nouns in annotated.items()}
-    for (number, _), caption in zip(lines, parsed.captions, strict=True):
-        present[number] += caption.mentioned
+    if human_captions:
+        # Parse human captions like the model's, with an empty image: every object counts as "mentioned".
+        parsed = chair(
+            human_captions,
+            dict.fromkeys(human_captions, ()),
+            synonyms,
+            vocabulary=vocabulary_and_objects,
+            phrases=phrases,
+            variant=variant,
+        )
+        for (number, _), caption in zip(lines, parsed.captions, strict=True):
+            present[number] += caption.mentioned
     return chair(texts, present, synonyms, vocabulary=vocabulary_and_objects, phrases=phrases, variant=variant)
 
 

@@ -344,12 +344,20 @@ class CardConfig:
     benchmarks: list[dict[str, Any]] = field(default_factory=list)
     """Answers to benchmarks in their released files: for each `model`, `benchmark` (a name of `behavior.benchmarks`), `answers`,
     and optionally `label`, `files`, `verdicts`, `variant`, `format`, `by_place`: `card.benchmarks=[{model: GPT-4o, benchmark:
-    r_bench, answers: FILE, files: {questions: FILE}}]`."""
+    r_bench, answers: FILE, files: {questions: FILE}}]`. With `images` instead of `answers`, the model of the run is asked the
+    questions (and writes `answers`, if that is given too): `card.benchmarks=[{benchmark: mme, images: FOLDER, files: {questions:
+    FOLDER}}]`, optionally with `mitigation` (`'vcd(alpha=0.5)'`, or the file of a steering vector), `limit`, `prompt`, `suffix`,
+    `max_new_tokens`."""
     profiles: list[str] | None = None
     """Severity profiles by name: `driving`, `medical`, `assistive`; `uniform` is always included. null for all."""
     weights: dict[str, dict[str, float]] = field(default_factory=dict)
     """Your own profiles: name to weights from 0 to 1 by kind of question or by level:
     `+card.weights.mine={existence: 1, color: 0.2}`."""
+    reworded: int = 60
+    """Largest number of questions that the models of the run are asked in other words and other forms of answer, evenly over
+    levels and splits; 0 for none."""
+    rewordings: list[str] | None = None
+    """Rules by their names in `behavior.card.REWORDINGS`; null for all."""
     safety: dict[str, str] = field(default_factory=dict)
     """Model to a file of verdicts `id, refused, unsafe` on its answers."""
     differences: str = "first"

@@ -13,6 +13,7 @@ from .guard_loss import GuardResult, measure_guards
 from .method_data import DerivationData
 from .methods import CONTROLS, MitigationMethod, mitigations
 from .model_outputs import ModelOutputs
+from .named import named_mitigation
 from .preference import (
     Adapter,
     PreferenceData,
@@ -97,6 +98,7 @@ __all__ = [
     "metatoken_features",
     "mitigations",
     "move_to_heads",
+    "named_mitigation",
     "preference",
     "preference_formats",
     "read_preferences",

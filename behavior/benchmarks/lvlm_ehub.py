@@ -121,7 +121,7 @@ def _read(files: Mapping[str, Path]) -> list[BenchmarkQuestion]:
 
 def _question_of_answer(number: int, record: Record) -> BenchmarkQuestion:
     return BenchmarkQuestion(
-        str(number),
+        records.text_or_empty(record, "question_id") or str(number),
         Path(record.text("image_path")).name,
         record.text("question"),
         records.label_of(record, "gt_answers", {"yes": "yes", "no": "no"}),

@@ -6,6 +6,8 @@
     Severity profiles: driving, medical, assistive, uniform.
 `SURVEY_ROWS`
     The survey's Table 3, with its values, ours and reasons; open (`register_row`).
+`reword`
+    Answers of a local model that change under paraphrase and under the form of the answer; rules in `REWORDINGS`, which is open.
 `symptoms`
     Self-contradiction, hesitation, rationalization, and answers in the asked form.
 """
@@ -20,10 +22,12 @@ from behavior.card.page import (
     fact_cells,
     figure_cells,
     ranking_lines,
+    rewording_cells,
     row_cells,
     share_text,
 )
 from behavior.card.profiles import PROFILES, Profile, named_profiles, weight_of
+from behavior.card.rewording import REWORDINGS, RewordedAnswers, Rewording, reword
 from behavior.card.rows import CardAnswer, CardDifference, CardFigure, CardRow, ModelFacts
 from behavior.card.safety import read_safety
 from behavior.card.survey_table import SURVEY_ROWS, SurveyRow, register_row, survey_cells
@@ -34,6 +38,7 @@ __all__ = [
     "HEDGES",
     "PROFILES",
     "RATIONALIZATIONS",
+    "REWORDINGS",
     "SURVEY_ROWS",
     "CardAnswer",
     "CardDifference",
@@ -42,6 +47,8 @@ __all__ = [
     "EvaluationCard",
     "ModelFacts",
     "Profile",
+    "RewordedAnswers",
+    "Rewording",
     "SurveyRow",
     "card_page",
     "card_text",
@@ -59,6 +66,8 @@ __all__ = [
     "rationalizes",
     "read_safety",
     "register_row",
+    "reword",
+    "rewording_cells",
     "row_cells",
     "share_text",
     "survey_cells",

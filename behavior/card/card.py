@@ -141,6 +141,7 @@ def evaluation_card(
     profiles: Mapping[str, Profile] | None = None,
     facts: Mapping[str, str] | None = None,
     safety: Mapping[str, Mapping[str, tuple[bool, bool]]] | None = None,
+    reworded: Mapping[str, Mapping[str, Mapping[str, Estimate]]] | None = None,
     differences: str = "first",
 ) -> EvaluationCard:
     """Make the evaluation card of models that answered benchmarks or datasets.
@@ -158,6 +159,8 @@ def evaluation_card(
         Id of a question to the fact that it asks about, for self-contradiction (`behavior.card.symptoms`).
     safety
         Model to verdicts by id of a question: whether the answer refuses, and whether it is unsafe (`read_safety`).
+    reworded
+        Model to benchmark to the rates of answers that change when questions are asked otherwise (`behavior.card.reword`).
     differences
         ``first`` compares every other model with the first; ``all`` compares every two.
 
@@ -199,6 +202,9 @@ def evaluation_card(
                     for name, value in values.items()
                 ]
             stated.append(_facts_of(model, benchmark, result, rows, facts, (safety or {}).get(model)))
+            rates = (reworded or {}).get(model, {}).get(benchmark)
+            if rates:
+                stated[-1] = replace(stated[-1], rates={**stated[-1].rates, **rates})
         if len(answers) == before:
             msg = f"model '{model}' has no answer that is right or wrong; give answers to questions, or data for its descriptions"
             raise DataError(msg)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from behavior.card.rewording import REWORDINGS
 from behavior.card.rows import ALL
 from behavior.card.survey_table import survey_cells
 from groundscope.core.statistics import Estimate
@@ -21,7 +22,9 @@ body{font:16px/1.5 system-ui,sans-serif;margin:0 auto;max-width:72rem;padding:1r
 th,td{padding:.3rem .6rem;text-align:left;border-bottom:1px solid var(--line);white-space:nowrap}
 td.wide{white-space:normal;min-width:16rem}h2{margin-top:2rem}
 """
-_SYMPTOMS = ("contradiction", "hesitation", "rationalization", "form", "entropy", "refused", "unsafe")
+_SYMPTOMS = (
+    "contradiction", "paraphrase", "format", "hesitation", "rationalization", "form", "entropy", "refused", "unsafe",
+)  # fmt: skip
 Table = list[list[str]]
 
 
@@ -82,8 +85,14 @@ def fact_cells(card: EvaluationCard) -> Table:
     >>> fact_cells(gs.evaluation_card({"tiny": {"scenes": answers}}))[1][:2]
     ['tiny', 'scenes']
     """
-    reported = [name for name in _SYMPTOMS if any(name in fact.rates for fact in card.facts)]
-    titles = {"form": "asked form", "entropy": "entropy, nats"}
+    present = dict.fromkeys(name for fact in card.facts for name in fact.rates)
+    reported = [name for name in _SYMPTOMS if name in present]
+    titles = {
+        "form": "asked form",
+        "entropy": "entropy, nats",
+        "paraphrase": "changes under paraphrase",
+        "format": "changes under answer format",
+    }
     head = [
         "model",
         "benchmark",
@@ -112,6 +121,24 @@ def fact_cells(card: EvaluationCard) -> Table:
 
 def _symptom(value: Estimate | None, name: str) -> str:
     return share_text(value, scale=1.0, digits=3) if name == "entropy" else share_text(value)
+
+
+def rewording_cells(card: EvaluationCard) -> Table:
+    """Return the shares of answers that change under each rule of rewording as text; empty if none was measured.
+
+    >>> import groundscope as gs
+    >>> from behavior.card import rewording_cells
+    >>> answers = gs.answer(gs.load_lvlm("tiny"), gs.scenes.dataset(10, splits=["random"]))
+    >>> rewording_cells(gs.evaluation_card({"tiny": {"scenes": answers}}))
+    []
+    """
+    lines = [
+        [fact.model, fact.benchmark, REWORDINGS[name].kind, name, f"{rate.n:,}", share_text(rate)]
+        for fact in card.facts
+        for name, rate in fact.rates.items()
+        if name in REWORDINGS
+    ]
+    return [["model", "benchmark", "kind", "rule", "n", "answers that change"], *lines] if lines else []
 
 
 def difference_cells(card: EvaluationCard) -> Table:
@@ -220,6 +247,11 @@ def card_page(card: EvaluationCard) -> str:
             "Cost and symptoms",
             "Symptoms in percent, entropy in nats. The asked form is the card's measure of instruction following.",
             fact_cells(card),
+        ),
+        _section(
+            "The same fact, asked otherwise",
+            "Percent of answers that change when the question is worded otherwise (paraphrase) or the answer has another form.",
+            rewording_cells(card),
         ),
         _section("Figures of the released rules", "Scaled as the benchmarks scale them.", figure_cells(card)),
         _section(

@@ -107,7 +107,7 @@ class ModelFacts:
     """Wall time in seconds; None for answers from files without times."""
     forwards_per_answer: float | None = None
     rates: Mapping[str, Estimate] = field(default_factory=dict)
-    """Symptoms (`behavior.card.symptoms`), and ``refused`` and ``unsafe`` from verdicts."""
+    """Symptoms (`behavior.card.symptoms`), ``refused`` and ``unsafe`` from verdicts, and the rates of `behavior.card.reword`."""
     variant: str = ""
     notes: tuple[str, ...] = ()
 

@@ -6,6 +6,8 @@
     `CAUSES`: the open table of causes.
 `images`, `captions`, `questions`, `objects`
     How causes are found.
+`caption_fit`
+    How well captions fit their images by a model, for the cause "mismatched captions".
 `rarity`
     Rarity of compositions, and splits by it.
 `senses`
@@ -15,6 +17,7 @@ Import from `behavior`: ``from behavior import audit``.
 """
 
 from behavior.data_audit.audit import Audit, CauseErrors, audit
+from behavior.data_audit.caption_fit import caption_fit
 from behavior.data_audit.finding import AuditedData, Cause, CauseReport, Finding, NotMeasuredError
 from behavior.data_audit.rarity import Rarity, composition_rarity, hold_out_compositions, split_by_rarity
 from behavior.data_audit.registry import CAUSES
@@ -32,6 +35,7 @@ __all__ = [
     "NotMeasuredError",
     "Rarity",
     "audit",
+    "caption_fit",
     "composition_rarity",
     "hold_out_compositions",
     "split_by_rarity",

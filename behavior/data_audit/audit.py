@@ -187,7 +187,8 @@ def audit(
     pixels
         Whether to decode every image, for the causes that need it. Those are left out if false.
     caption_scores
-        Id of a caption's example to its log-probability given its image minus the mean given other images, in nats.
+        Id of a caption's example to its log-probability given its image minus the mean given other images, in nats
+        (`behavior.data_audit.caption_fit` computes them by a model).
 
     Raises
     ------

@@ -130,7 +130,7 @@ def find_shared_captions(audited: AuditedData) -> tuple[list[Finding], dict[str,
 
 
 def find_mismatches(audited: AuditedData) -> tuple[list[Finding], dict[str, float]]:
-    """Find captions that a model finds no more probable for their image than for others (scores of the user)."""
+    """Find captions that a model finds no more probable for their image than for others (`caption_fit`, or the user's scores)."""
     scores = audited.caption_scores
     if scores is None:
         msg = "no caption_scores (log-probability of each caption given its image, minus the mean given other images)"

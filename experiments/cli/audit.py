@@ -1,4 +1,4 @@
-"""``groundscope audit``: causes of errors in data, without a model; joined to error rates if answers are given."""
+"""``groundscope audit``: causes of errors in data; joined to error rates if answers are given, to caption scores by a model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from behavior import Audit, BehaviorResult
     from concepts.schema import ConceptDataset
 
-_OPTIONS = {"answers": "", "causes": "", "out": "", "pixels": "true", "parser": ""}
+_OPTIONS = {"answers": "", "causes": "", "out": "", "pixels": "true", "parser": "", "model": "", "others": "4"}
 """Options of the command with their defaults; all others are options of the data."""
 
 
@@ -27,7 +27,7 @@ def run(arguments: Sequence[str]) -> int:
     arguments
         A run folder, or options of data (``data=coco data.questions=FILE data.images=FOLDER``); ``answers=FILE`` (of `gs.answer`,
         or of any tool that `gs.load_answers` reads; by default those of the run), ``parser=`` for it, ``causes=[A,B]``,
-        ``pixels=false``, ``out=FOLDER``.
+        ``pixels=false``, ``out=FOLDER``; ``model=FOLDER_OR_ID`` scores how well captions fit their images, against ``others=4``.
 
     Raises
     ------
@@ -40,7 +40,8 @@ def run(arguments: Sequence[str]) -> int:
 
     data, answers, out = _run_data(runs[0], options) if runs else _data(words, options)
     names = [name.strip() for name in options["causes"].strip("[]").split(",") if name.strip()] or None
-    audited = audit(data, answers, causes=names, pixels=options["pixels"] == "true")
+    scores = _caption_scores(data, options)
+    audited = audit(data, answers, causes=names, pixels=options["pixels"] == "true", caption_scores=scores)
     out.mkdir(parents=True, exist_ok=True)
     audited.save(out / "audit.json")
     write_whole(out / "findings.csv", audited.findings_frame().to_csv(index=False).encode())
@@ -69,6 +70,9 @@ def _read(arguments: Sequence[str]) -> tuple[dict[str, str], list[str], list[Pat
             raise ConfigError(msg)
     if options["pixels"] not in {"true", "false"}:
         msg = f"pixels={options['pixels']}; give true (decode every image) or false"
+        raise ConfigError(msg)
+    if not options["others"].isdecimal() or int(options["others"]) < 1:
+        msg = f"others={options['others']}: give the number of other images, at least 1"
         raise ConfigError(msg)
     if len(runs) > 1 or (runs and words):
         msg = "groundscope audit takes one run folder, or data=… data.questions=FILE data.images=FOLDER, not both"
@@ -117,6 +121,16 @@ def _answers(data: ConceptDataset, options: dict[str, str]) -> BehaviorResult | 
         if is_own:
             return BehaviorResult.load(path)
     return load_answers(data, path, parser=options["parser"] or None)
+
+
+def _caption_scores(data: ConceptDataset, options: dict[str, str]) -> dict[str, float] | None:
+    """Return how well captions fit their images by the chosen model; None without a model."""
+    if not options["model"]:
+        return None
+    from behavior.data_audit import caption_fit
+    from lvlm import load_lvlm
+
+    return caption_fit(load_lvlm(options["model"]), data, others=int(options["others"]))
 
 
 def _print(audited: Audit, out: Path) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from rich.console import Console
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from activation_store import ActivationStore
     from lvlm import Lvlm
 
+T = TypeVar("T")
 ACTIVATIONS = "activations"
 """Folder of the traced activations inside a run."""
 
@@ -36,6 +38,13 @@ class Context:
     config: RunConfig
     folder: RunFolder
     console: Console
+    _computed: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def once(self, name: str, compute: Callable[[], T]) -> T:
+        """Return what `compute` returned at the first call with this name: a check and its stage read files once."""
+        if name not in self._computed:
+            self._computed[name] = compute()
+        return cast("T", self._computed[name])
 
     def headline(self) -> str:
         """Return model, data and folder of the run in one line."""

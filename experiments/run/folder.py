@@ -104,7 +104,7 @@ OWN: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "apply_*.py",
         ),
         "arena": ("arena.*", "pareto.svg", "chosen.json", "answers/*.json"),
-        "card": ("card.*", "card_answers.csv"),
+        "card": ("card.*", "card_answers.csv", "asked/*", "asked/*/*"),
         "report": ("sections.json",),
     }
 )

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 from behavior.answer_files import load_answers
-from behavior.benchmarks import BENCHMARKS, BenchmarkScore, score_files
-from behavior.card import Profile, evaluation_card, facts_of, named_profiles, read_safety
+from behavior.card import Profile, evaluation_card, facts_of, named_profiles, read_safety, reword
 from behavior.card.card import Scored
 from behavior.card.page import share_text
 from behavior.card.profiles import check_profiles
+from behavior.card.rewording import check_rules
 from behavior.result import BehaviorResult
 from concepts.combination import dataset_parts
+from concepts.schema import ConceptDataset
+from diagnosis import select_evenly
 from experiments.config import CardConfig
 from experiments.run.context import Context
+from experiments.stages.card_benchmarks import ask_model, check_entries, model_of, scores_of_files
 from experiments.stages.evaluate import RUNS
 from groundscope.core.errors import ConfigError
+from groundscope.core.statistics import Estimate
 from groundscope.core.text import format_count, nearest
+from mitigation.steering.vector import SteeringVector
 
 RESULT = "card.json"
 CONDITIONS = ("before", "after", "twin")
 """Conditions of the card if none are chosen."""
-_ENTRY = ("model", "benchmark", "label", "answers", "files", "verdicts", "variant", "format", "by_place")
-_NEEDED = ("model", "benchmark", "answers")
 
 
 def check(context: Context) -> None:
@@ -37,16 +40,20 @@ def check(context: Context) -> None:
     if options.differences not in {"first", "all"}:
         msg = f"card.differences={options.differences}: choose from first, all"
         raise ConfigError(msg)
+    if options.reworded < 0:
+        msg = f"card.reworded={options.reworded}: must be at least 0"
+        raise ConfigError(msg)
+    check_rules(options.rewordings or ())
     profiles_of(options)
-    scores = benchmark_scores(options)
+    check_entries(context)
     answers = answers_of_files(context)
     local = options.conditions != []
-    if not local and not scores and not answers:
+    if not local and not options.benchmarks and not answers:
         msg = "card.conditions=[] without answer files or benchmarks leaves no model; give card.answer_files or card.benchmarks"
         raise ConfigError(msg)
     models = {
         *answers,
-        *(str(entry["model"]) for entry in options.benchmarks),
+        *(model_of(entry, context) for entry in options.benchmarks),
         *([context.config.model.path] if local else []),
     }
     for model, file in options.safety.items():
@@ -66,42 +73,11 @@ def profiles_of(options: CardConfig) -> dict[str, Profile]:
 
 
 def answers_of_files(context: Context) -> dict[str, BehaviorResult]:
-    """Return the answers to the test questions that other models gave."""
-    return {name: load_answers(context.held_out, file) for name, file in context.config.card.answer_files.items()}
-
-
-def benchmark_scores(options: CardConfig) -> dict[str, dict[str, BenchmarkScore]]:
-    """Return the scores of benchmarks' answer files by model and benchmark."""
-    scores: dict[str, dict[str, BenchmarkScore]] = {}
-    for number, entry in enumerate(options.benchmarks):
-        _check_entry(number, entry)
-        label = str(entry.get("label") or entry["benchmark"])
-        if label in scores.get(str(entry["model"]), {}):
-            msg = f"card.benchmarks: model '{entry['model']}' has two entries '{label}'; give one of them a label"
-            raise ConfigError(msg)
-        scores.setdefault(str(entry["model"]), {})[label] = score_files(
-            str(entry["benchmark"]),
-            str(entry["answers"]),
-            files=entry.get("files") or {},
-            verdicts=entry.get("verdicts"),
-            variant=entry.get("variant"),
-            format=entry.get("format"),
-            by_place=bool(entry.get("by_place")),
-        )
-    return scores
-
-
-def _check_entry(number: int, entry: Mapping[str, Any]) -> None:
-    where = f"card.benchmarks, entry {number + 1}"
-    unknown = next((name for name in entry if name not in _ENTRY), None)
-    if unknown is not None:
-        msg = f"{where}: unknown field '{unknown}'; choose from {', '.join(_ENTRY)}{nearest(str(unknown), _ENTRY)}"
-        raise ConfigError(msg)
-    lacking = next((name for name in _NEEDED if not entry.get(name)), None)
-    if lacking is not None:
-        msg = f"{where}: '{lacking}' is missing; an entry needs {', '.join(_NEEDED)}"
-        raise ConfigError(msg)
-    BENCHMARKS[str(entry["benchmark"])]  # raises for an unknown name
+    """Return the answers to the test questions that other models gave; the files are read once in a run."""
+    files = context.config.card.answer_files
+    return context.once(
+        "card: answer files", lambda: {name: load_answers(context.held_out, file) for name, file in files.items()}
+    )
 
 
 def make_card(context: Context, root: Path) -> str:
@@ -109,22 +85,32 @@ def make_card(context: Context, root: Path) -> str:
     options = context.config.card
     data = context.held_out
     models: dict[str, dict[str, Scored]] = {}
+    reworded: dict[str, dict[str, Mapping[str, Estimate]]] = {}
     for condition, answers in _conditions(context).items():
         name = context.config.model.path if condition == "before" else f"{context.config.model.path}, {condition}"
         models.setdefault(name, {}).update(_by_part(answers, context))
+        reworded[name] = _reword(condition, answers, context)
     for name, answers in answers_of_files(context).items():
         models.setdefault(name, {}).update(_by_part(answers, context))
-    for name, scores in benchmark_scores(options).items():
-        models.setdefault(name, {}).update(scores)
+    asked, waiting = ask_model(context, root)
+    for source in (scores_of_files(context), asked):
+        for name, scores in source.items():
+            models.setdefault(name, {}).update(scores)
+    if not models:
+        msg = f"no answers of the card can be scored yet. {'; '.join(waiting)}"
+        raise ConfigError(msg)
     card = evaluation_card(
         models,
         data=dict(dataset_parts(data)),
         profiles=profiles_of(options),
         facts=facts_of(data),
         safety={name: read_safety(file) for name, file in options.safety.items()},
+        reworded=reworded,
         differences=options.differences,
     )
     card.save(root)
+    for line in waiting:
+        context.console.print(f"not scored yet: {line}", markup=False)
     first = next(row for row in card.rows if row.level == "all" and row.task == "all")
     return (
         f"{format_count(len(card.models), 'model')}, {format_count(len(card.benchmarks), 'benchmark')}; {first.model}: "
@@ -144,6 +130,27 @@ def _conditions(context: Context) -> dict[str, BehaviorResult]:
             msg = f"card.conditions: the run has no answers of condition '{name}'; add it to evaluate.conditions"
             raise ConfigError(msg)
     return results
+
+
+def _reword(condition: str, answers: BehaviorResult, context: Context) -> dict[str, Mapping[str, Estimate]]:
+    """Ask the model of a condition in other words, and return the rates of changed answers by part of the data."""
+    options = context.config.card
+    vector = context.folder.path / "steering" / "vector.safetensors"
+    if not options.reworded or condition not in CONDITIONS or not context.has_model_files():
+        return {}
+    model = context.twin if condition == "twin" else context.model
+    if model is None or (condition == "after" and not vector.is_file()):
+        return {}
+    corrected = SteeringVector.load(vector).applied(model) if condition == "after" else nullcontext()
+    rates = {}
+    with corrected:
+        for name, part in dataset_parts(context.held_out).items():
+            chosen = select_evenly([e for e in part if e.candidates], options.reworded)
+            data = ConceptDataset(name, tuple(chosen))
+            rates[name] = reword(
+                model, data, answers, rules=options.rewordings, batch_size=context.config.evaluate.batch_size
+            ).rates
+    return rates
 
 
 def _by_part(answers: BehaviorResult, context: Context) -> dict[str, Scored]:

@@ -84,12 +84,18 @@ def _card_options(context: Context) -> object:
     options = asdict(context.config.card)
     files = {name: file_digest(Path(file)) for name, file in options["answer_files"].items()}
     files |= {f"safety {name}": file_digest(Path(file)) for name, file in options["safety"].items()}
+    asked: list[object] = []
     for number, entry in enumerate(options["benchmarks"]):
         named = {"answers": entry.get("answers"), "verdicts": entry.get("verdicts"), **(entry.get("files") or {})}
+        if entry.get("images"):  # the model of the run writes the answers; the questions have a digest
+            from experiments.stages.card_benchmarks import questions_digest
+
+            named = {"verdicts": entry.get("verdicts")}
+            asked.append([questions_digest(number, entry, context), context.model_key()])
         for role, file in named.items():
             for path in _plain_files(file):
                 files[f"benchmark {number} {role} {path.name}"] = file_digest(path)
-    return [options, files, context.held_out.digest]
+    return [options, files, context.held_out.digest, *asked]
 
 
 def _plain_files(file: object) -> list[Path]:

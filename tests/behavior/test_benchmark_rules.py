@@ -518,3 +518,95 @@ def test_pope_and_llava_s_form(tmp_path: Path) -> None:
         files={"questions": folder / "coco_pope_adversarial.json"},
     )
     assert by_place.figures["yes_ratio"].value == 1.0
+
+
+def test_mme(tmp_path: Path) -> None:
+    chance = random.Random(18)
+    tasks = ("existence", "count", "position", "color", "posters", "OCR", "code_reasoning", "text_translation")
+    files: dict[str, list[tuple[str, str, str, str]]] = {}
+    for task in tasks:
+        files[task] = [
+            (f"{k}.png", f"Is it {k}, {truth}?", truth, text(chance).replace("\n", " "))
+            for k in range(80)
+            for truth in ("Yes", "No")
+        ]
+        (tmp_path / f"{task}.txt").write_text("".join("\t".join(row) + "\n" for row in files[task]), encoding="utf-8")
+    score = score_files("mme", tmp_path)
+    scores, perception, cognition = rules.mme(files)
+    same(score.figures, {"perception": perception, "cognition": cognition})
+    for task in tasks:
+        same(score.parts[task.lower()], {"score": scores[task]})
+    assert len(score.answers.answers) == 2 * 80 * len(tasks) >= 1000
+    levels = {a.kind: a.level for a in score.answers.answers}
+    assert (levels["code_reasoning"], levels["color"], levels["position"]) == ("", "attribute", "relation")
+
+
+def test_gavie_by_replies(tmp_path: Path) -> None:
+    """Replies with scores of other answers, without a part, above 10, or in the other order."""
+    chance = random.Random(19)
+
+    def part(name: str) -> str:
+        own = f"score of the answer1: {chance.choice(['0', '3', '7.5', '10', '8/10', '11'])}\nreason: it fits 5 regions"
+        return f"{name}:\n{own}\nscore of the answer2: {chance.randrange(11)}\nreason: none\n"
+
+    def reply() -> str:
+        parts = [part("Relevancy"), part("Accuracy")]
+        kept = chance.choice([parts, parts, parts, parts[::-1], parts[:1], ["I cannot rate this."]])
+        return "\n".join(kept)
+
+    replies = [reply() for _ in range(1000)]
+    questions = [{"image_id": str(i % 50), "question": f"Describe {i}."} for i in range(1000)]
+    score = score_files(
+        "gavie",
+        write(tmp_path / "a.jsonl", [{"id": f"{i % 50}/{i}", "answer": "It is."} for i in range(1000)], lines=True),
+        files={"questions": write(tmp_path / "q.json", questions)},
+        verdicts=write(
+            tmp_path / "v.jsonl", [{"id": f"{i % 50}/{i}", "reply": r} for i, r in enumerate(replies)], lines=True
+        ),
+    )
+    accuracy, relevancy, unread = rules.gavie(replies)
+    same(score.figures, {"accuracy": accuracy, "relevancy": relevancy})
+    assert score.unparsed == unread > 100
+    assert all(a.correct is None for a in score.answers.answers)
+
+
+def test_chair(tmp_path: Path) -> None:
+    """Captions of generated nouns, with repeats, synonyms and words of two; truths from boxes, and from human captions."""
+    chance = random.Random(20)
+    names = {"dog": "dog", "dogs": "dog", "puppy": "dog", "cat": "cat", "woman": "person", "men": "person",
+             "wine glass": "wine glass", "couch": "couch", "laptop": "laptop", "bus": "bus", "tree": None}  # fmt: skip
+    categories = ("dog", "cat", "person", "wine glass", "couch", "laptop", "bus")
+    boxes, human, captions, mentioned = [], [], [], []
+    truths: list[set[str]] = []
+    for i in range(1000):
+        boxed = set(chance.sample(categories, chance.randint(0, 3)))
+        words = [chance.choice(list(names)) for _ in range(chance.randint(0, 6))]
+        said = chance.choice([w for w, name in names.items() if name])
+        boxes += [{"image_id": i, "category_id": 1 + categories.index(name)} for name in sorted(boxed)]
+        human.append({"image_id": i, "caption": f"There is a {said}."})
+        captions.append({"image_id": i, "caption": " and ".join(f"a {w}" for w in words) + "."})
+        mentioned.append([name for w in words if (name := names[w])])
+        truths.append(boxed | {names[said] or ""})
+    synonyms = tmp_path / "synonyms.txt"
+    synonyms.write_text("dog, puppy\ncat\nperson, man, woman\nwine glass\ncouch, sofa\nlaptop\nbus\n")
+    instances = {
+        "images": [{"id": i} for i in range(1000)],
+        "annotations": boxes,
+        "categories": [{"id": k, "name": name} for k, name in enumerate(categories, 1)],
+    }
+    files = {
+        "questions": write(tmp_path / "instances.json", instances),
+        "captions": write(tmp_path / "captions.json", {"annotations": human}),
+        "synonyms": synonyms,
+    }
+    score = score_files("chair", write(tmp_path / "answers.json", captions), files=files)
+    expected = rules.chair(mentioned, truths)
+    same(score.figures, dict(zip(("chair_i", "chair_s"), expected, strict=True)))
+    wrong = [any(noun not in truth for noun in said) for said, truth in zip(mentioned, truths, strict=True)]
+    assert [not a.correct for a in score.answers.answers] == wrong
+    boxes_alone = score_files(
+        "chair", tmp_path / "answers.json", files={k: v for k, v in files.items() if k != "captions"}
+    )
+    alone = [{categories[b["category_id"] - 1] for b in boxes if b["image_id"] == i} for i in range(1000)]
+    same(boxes_alone.figures, dict(zip(("chair_i", "chair_s"), rules.chair(mentioned, alone), strict=True)))
+    assert boxes_alone.notes == ("true objects are those of the instances alone",)

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import groundscope as gs
-from behavior.data_audit import CAUSES, SENSES
+from behavior.data_audit import CAUSES, SENSES, caption_fit
 from behavior.data_audit.images import measure_image
 from concepts.image_files import BytesImage
 from concepts.nouns import canonical_noun
@@ -140,6 +140,7 @@ def test_objects_by_hand() -> None:
     assert reported_examples("polysemous nouns", about(Box(1, 1, 3, 3))) == [("a",)]
     assert len(SENSES) >= 60
     assert all(len(senses) >= 2 for senses in SENSES.values())
+    assert all(sense == " ".join(sense.split()) for senses in SENSES.values() for sense in senses)
 
 
 def test_imbalance_and_cooccurrence_by_hand() -> None:
@@ -269,3 +270,32 @@ def test_the_data_of_every_loader_can_be_audited(loader: str, tmp_path: Path, mo
     audit = gs.audit(data[-1])
     assert [report.name for report in audit.causes] == list(CAUSES)
     assert any(report.measured for report in audit.causes)
+
+
+def test_captions_fit_by_a_model_as_a_loop_over_images_says() -> None:
+    """log p(caption | own image) minus the mean over all other images, one forward pass at a time."""
+    from lvlm.answer_keys import answer_tokens
+
+    model = gs.load_lvlm("tiny")
+    data = gs.scenes.dataset(10).filter(lambda e: e.kind == "caption")[:3]
+    fit = caption_fit(model, data, others=9, batch_size=4)
+
+    def log_p(example: Example, about: Example) -> float:
+        asked = replace(example, image=about.image, question="Describe the image.", answer="", objects=(), subject=None)
+        tokens = answer_tokens(model, asked, example.answer)
+        total = 0.0
+        for n, token in enumerate(tokens):
+            words = model.processor.tokenizer.decode(tokens[:n])
+            batch = next(model.batches([replace(asked, prefix=words)]))
+            total += float(model.answer_logits(batch)[0].double().log_softmax(-1)[token])
+        return total
+
+    for example in data:
+        others = [log_p(example, other) for other in data if other.id != example.id]
+        assert fit[example.id] == pytest.approx(log_p(example, example) - sum(others) / len(others), abs=1e-3)
+    audited = gs.audit(data, causes=["mismatched captions"], pixels=False, caption_scores=fit)
+    assert {i for f in audited.cause("mismatched captions").findings for i in f.examples} == {
+        i for i in fit if fit[i] < 0
+    }
+    with pytest.raises(DataError, match="caption fit needs captions"):
+        caption_fit(model, data[:1])

@@ -5,15 +5,18 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from behavior import EvaluationCard
+from concepts import scenes
 from experiments.cli.main import SHORT_RUNS, short_run_words
 from experiments.cli.overrides import compose
 from experiments.pipeline import execute
 from experiments.run.folder import read_receipt
+from experiments.stages import card_benchmarks
 from groundscope.core.errors import GroundscopeError
 
 SMALL = ["data.n_images=10", "data.test_images=10", "threads=1", "model.twin=null", "evaluate.batch_size=64"]
@@ -115,3 +118,89 @@ def test_a_card_of_closed_models_needs_no_answers_of_a_run(files: Path, tmp_path
 def test_wrong_options_are_refused_before_work(tmp_path: Path, words: list[str], message: str) -> None:
     with pytest.raises(GroundscopeError, match=message):
         run(tmp_path, *words)
+
+
+@pytest.fixture(scope="module")
+def mme(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MME's folder with one perception and one cognition task."""
+    folder = tmp_path_factory.mktemp("mme")
+    data = scenes.dataset(10)
+    for task in ("existence", "code_reasoning"):
+        (folder / task).mkdir()
+        for i in range(3):
+            data[7 * i].image.load().save(folder / task / f"{i}.png")
+            (folder / task / f"{i}.txt").write_text(
+                "Is there a dog in the image?\tYes\nIs there a cat in the image?\tNo\n"
+            )
+    return folder
+
+
+def asked_entry(folder: Path, **more: str) -> str:
+    extra = "".join(f",{name}: '{value}'" for name, value in more.items())
+    return f"{{benchmark: mme, images: '{folder}', files: {{questions: '{folder}'}}{extra}}}"
+
+
+def test_the_model_is_asked_a_benchmark_and_scored(mme: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[str] = []
+    original = card_benchmarks.benchmark_data
+
+    def counted(name: str, *args: Any, **options: Any) -> Any:
+        reads.append(name)
+        return original(name, *args, **options)
+
+    monkeypatch.setattr(card_benchmarks, "benchmark_data", counted)
+    entries = [asked_entry(mme), asked_entry(mme, mitigation="constant_bias(bias=1000.0)")]
+    words = ["card.conditions=[]", "stages=[card]", f"card.benchmarks=[{','.join(entries)}]"]
+    folder, _ = run(tmp_path, *words)
+    assert len(reads) == 2  # once for each entry: the check, the key and the stage share them
+    card = EvaluationCard.load(folder / "card" / "card.json")
+    assert card.models == ["tiny", "tiny, constant_bias(bias=1000.0)"]
+    for model in card.models:
+        assert card.row(model, "mme", "no level").n == card.row(model, "mme", "object").n == 6
+        assert {f.figure for f in card.figures if f.model == model and f.part == "all"} == {"perception", "cognition"}
+    assert card.row(card.models[1], "mme").frequency.value == 0.5  # always yes
+    assert (folder / "card" / "asked" / "mme-tiny" / "existence.txt").is_file()
+    assert run(tmp_path, *words)[1].count("unchanged") == 1
+
+
+def test_a_judged_benchmark_writes_requests_first(mme: Path, tmp_path: Path) -> None:
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text(json.dumps({"question_id": 0, "image": "0.png", "text": "What is here?", "category": "conv"}))
+    entry = f"{{benchmark: llava_bench, images: '{mme / 'existence'}', files: {{questions: '{questions}'}}, max_new_tokens: 2"
+    words = ["card.conditions=[]", "stages=[card]"]
+    with pytest.raises(GroundscopeError, match=r"no answers of the card can be scored yet.*give a judge"):
+        run(tmp_path, *words, f"card.benchmarks=[{entry}}}]")
+    (request,) = (tmp_path / "card" / "card" / "asked").glob("*.requests.json")
+    assert json.loads(request.read_text())["prompt"] == "What is here?"
+
+
+def test_answers_that_change_are_columns_of_the_model_of_a_run(card_run: tuple[Path, str]) -> None:
+    card = EvaluationCard.load(card_run[0] / "card" / "card.json")
+    rates = next(f.rates for f in card.facts if f.model == "tiny")
+    assert {"paraphrase", "format", "contain", "as_choice"} <= set(rates)
+    assert rates["paraphrase"].n <= 60
+    assert not any("paraphrase" in f.rates for f in card.facts if f.model == "closed")
+    assert "changes under paraphrase" in (card_run[0] / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["card.benchmarks=[{benchmark: mme, images: nowhere}]"], "to ask a model, give the file 'questions'|nowhere"),
+        (
+            ["card.benchmarks=[{benchmark: mme, answers: x, model: y, limit: 3}]"],
+            "'limit' is for benchmarks that the model",
+        ),
+        (["card.benchmarks=[{benchmark: mme, images: x, mitigation: vdc}]"], "unknown method 'vdc'.*did you mean"),
+        (["card.benchmarks=[{benchmark: mme, images: x, mitigation: nullu}]"], "'nullu' is derived from examples"),
+        (["card.benchmarks=[{benchmark: mme, images: x, mitigation: v.safetensors}]"], "the file does not exist"),
+        (["card.rewordings=[contains]"], "unknown rewording 'contains'"),
+        (["card.reworded=-1"], "card.reworded=-1: must be at least 0"),
+    ],
+)
+def test_wrong_options_of_asked_benchmarks_are_refused_before_work(
+    tmp_path: Path, words: list[str], message: str
+) -> None:
+    with pytest.raises(GroundscopeError, match=message):
+        run(tmp_path, *words)
+    assert not list(tmp_path.glob("*/card"))

@@ -388,3 +388,57 @@ def object_halbench(rows: Sequence[tuple[list[str], set[str], str]], classes: di
         "recall": hit / true,
         "words": length / total,
     }
+
+
+def mme(files: dict[str, Sequence[tuple[str, str, str, str]]]) -> tuple[dict[str, float], float, float]:
+    """The evaluation tool of MME: score of each task of (image, question, truth, response), and the two sums."""
+    perception = [
+        "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
+    ]  # fmt: skip
+    cognition = ["commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning"]
+    scores: dict[str, float] = {}
+    for task, lines in files.items():
+        right = both = images = 0
+        for k in range(0, len(lines), 2):
+            pair = 0
+            for _, _, truth, response in lines[k : k + 2]:
+                start = response.lower()[:4]
+                label = "yes" if "yes" in start else ("no" if "no" in start else "other")
+                pair += label == truth.lower()
+            right, both, images = right + pair, both + (pair == 2), images + 1
+        scores[task] = right / len(lines) * 100 + both / images * 100
+    sums = [sum(scores[t] for t in names if t in scores) for names in (perception, cognition)]
+    return scores, sums[0], sums[1]
+
+
+def gavie(replies: Sequence[str]) -> tuple[float, float, int]:
+    """Mean accuracy and relevancy of replies in the format that the released prompt asks for, and replies without both."""
+    accuracy, relevancy, unread = [], [], 0
+    for reply in replies:
+        found: dict[str, float] = {}
+        part = ""
+        for line in reply.split("\n"):
+            words = line.strip().lower()
+            part = words[:-1] if words in {"relevancy:", "accuracy:"} else part
+            if words.startswith("score of the answer1: ") and part not in found:
+                found[part] = float(words.removeprefix("score of the answer1: ").split("/")[0])
+        if set(found) == {"relevancy", "accuracy"} and max(found.values()) <= 10:
+            accuracy.append(found["accuracy"])
+            relevancy.append(found["relevancy"])
+        else:
+            unread += 1
+    return sum(accuracy) / len(accuracy), sum(relevancy) / len(relevancy), unread
+
+
+def chair(captions: Sequence[Sequence[str]], truths: Sequence[set[str]]) -> tuple[float, float]:
+    """CHAIRi and CHAIRs of LisaAnne/Hallucination over the objects that each caption mentions, repeats included."""
+    words = hallucinated_words = hallucinated_captions = 0
+    for mentioned, truth in zip(captions, truths, strict=True):
+        hallucinated = False
+        for noun in mentioned:
+            if noun not in truth:
+                hallucinated_words += 1
+                hallucinated = True
+        words += len(mentioned)
+        hallucinated_captions += hallucinated
+    return hallucinated_words / words, hallucinated_captions / len(captions)

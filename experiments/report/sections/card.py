@@ -8,7 +8,15 @@ from experiments.results.run_files import RunFiles
 
 def card_section(run: RunFiles) -> str:
     """Return the section."""
-    from behavior.card import difference_cells, fact_cells, figure_cells, ranking_lines, row_cells, survey_cells
+    from behavior.card import (
+        difference_cells,
+        fact_cells,
+        figure_cells,
+        ranking_lines,
+        rewording_cells,
+        row_cells,
+        survey_cells,
+    )
 
     card = run.card
     head, *lines = row_cells(card)
@@ -23,6 +31,7 @@ def card_section(run: RunFiles) -> str:
     for name, title, cells in (
         ("card-differences", "Paired differences between models", difference_cells(card)),
         ("card-facts", "Cost and symptoms", fact_cells(card)),
+        ("card-rewordings", "The same fact, asked otherwise: answers that change", rewording_cells(card)),
         ("card-figures", "Figures of the released rules", figure_cells(card)),
         ("card-survey", "What benchmarks evaluate: the survey's table, and where we differ", survey_cells()),
     ):

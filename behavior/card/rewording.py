@@ -1,0 +1,258 @@
+"""Answers that change when a question is asked in other words, or in another form of answer: stability of a local model.
+
+Each rule of `REWORDINGS` makes another question with the same fact from an example, or None where it does not apply. Rules
+of kind ``paraphrase`` keep the candidates; rules of kind ``format`` change the form of the answer: yes-no, choice, open
+(Shu et al., arXiv 2501.01346, 3.2.2 and App. E ask for both). The rules are stated patterns for English questions:
+
+====================  ============  ====================================================================
+rule                  kind          question
+====================  ============  ====================================================================
+``contain``           paraphrase    "Is there a dog in the image?" -> "Does the image contain a dog?"
+``see``               paraphrase    "Is there a dog in the image?" -> "Can you see a dog in the image?"
+``which``             paraphrase    "What color is the apple?" -> "Which color does the apple have?"
+``describe_as``       paraphrase    "Is the apple red?" -> "Would you describe the apple as red?"
+``look``              paraphrase    any question -> "Look at the image. <question>"
+``as_choice``         format        candidates listed as lettered options; the answer is a letter
+``as_open``           format        no candidates: the answer is written, and read by whole words
+``as_yes_no``         format        another question than yes-no -> "<question> Is it <true answer>?", true answer yes
+====================  ============  ====================================================================
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from behavior.benchmarks.figures import share
+from behavior.parsing import YES_NO
+from concepts.schema import ConceptDataset, Example
+from groundscope.core.errors import ConfigError
+from groundscope.core.registry import Registry
+from groundscope.core.statistics import Estimate
+from groundscope.core.text import nearest
+
+if TYPE_CHECKING:
+    from behavior.result import Answer, BehaviorResult
+    from lvlm.model import Lvlm
+
+PARAPHRASE, FORMAT = "paraphrase", "format"
+KINDS = (PARAPHRASE, FORMAT)
+_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclass(frozen=True)
+class Rewording:
+    """A rule that asks for the same fact in another way.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> from behavior.card import REWORDINGS
+    >>> example = next(e for e in gs.scenes.dataset(10) if e.kind == "existence")
+    >>> example.question, REWORDINGS["contain"].make(example).question
+    ('Is there an umbrella in the image?', 'Does the image contain an umbrella?')
+    """
+
+    kind: str
+    """``paraphrase`` or ``format``."""
+    make: Callable[[Example], Example | None]
+    """Return the other question with its candidates and true answer; None where the rule does not apply."""
+    generate: bool = False
+    """Whether the answer is written, and read by whole words (`behavior.parsing.read_answer`)."""
+
+
+def _pattern(pattern: str, template: str) -> Callable[[Example], Example | None]:
+    compiled = re.compile(pattern, re.IGNORECASE)
+
+    def make(example: Example) -> Example | None:
+        match = compiled.fullmatch(example.question.strip())
+        return None if match is None else replace(example, question=match.expand(template))
+
+    return make
+
+
+def _as_choice(example: Example) -> Example | None:
+    """List the candidates as lettered options."""
+    if not 2 <= len(example.candidates) <= len(_LETTERS):
+        return None
+    options = " ".join(f"{letter}. {c}" for letter, c in zip(_LETTERS, example.candidates, strict=False))
+    letters = tuple(_LETTERS[: len(example.candidates)])
+    return replace(
+        example,
+        question=f"{example.question} {options}",
+        suffix="Answer with the letter of the right option.",
+        candidates=letters,
+        answer=letters[example.candidates.index(example.answer)],
+        prior_answer=None,
+    )
+
+
+def _as_open(example: Example) -> Example | None:
+    return example if example.candidates else None
+
+
+def _as_yes_no(example: Example) -> Example | None:
+    """Ask whether the true answer is right."""
+    if not example.candidates or set(example.candidates) == YES_NO or len(example.answer) < 2:
+        return None
+    question = f"{example.question} Is it {example.answer}?"
+    return replace(example, question=question, candidates=("yes", "no"), answer="yes", prior_answer=None)
+
+
+def _problem(entry: object) -> str | None:
+    if not isinstance(entry, Rewording):
+        return "it must be a behavior.card.Rewording"
+    return None if entry.kind in KINDS else f"its kind must be {' or '.join(KINDS)}"
+
+
+REWORDINGS: Registry[Rewording] = Registry(
+    "rewording",
+    {
+        "contain": Rewording(
+            PARAPHRASE, _pattern(r"Is there (an?|any) (.+) in (?:the|this) image\?", r"Does the image contain \1 \2?")
+        ),
+        "see": Rewording(
+            PARAPHRASE, _pattern(r"Is there (an?|any) (.+) in (?:the|this) image\?", r"Can you see \1 \2 in the image?")
+        ),
+        "which": Rewording(
+            PARAPHRASE, _pattern(r"What (color|size|shape|material) is the (.+)\?", r"Which \1 does the \2 have?")
+        ),
+        "describe_as": Rewording(
+            PARAPHRASE, _pattern(r"Is the ([\w-]+) ([\w-]+)\?", r"Would you describe the \1 as \2?")
+        ),
+        "look": Rewording(PARAPHRASE, lambda e: replace(e, question=f"Look at the image. {e.question}")),
+        "as_choice": Rewording(FORMAT, _as_choice),
+        "as_open": Rewording(FORMAT, _as_open, generate=True),
+        "as_yes_no": Rewording(FORMAT, _as_yes_no),
+    },
+    group="groundscope.rewordings",
+    check=_problem,
+)
+"""Rules by name: built-in, registered (``REWORDINGS.register``), and of installed packages."""
+
+
+@dataclass(frozen=True)
+class RewordedAnswers:
+    """Answers to reworded questions next to those to the questions of the data; returned by `reword`.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> from behavior.card import reword
+    >>> model, data = gs.load_lvlm("tiny"), gs.scenes.dataset(10, splits=["random"])
+    >>> reworded = reword(model, data, gs.answer(model, data), rules=["look"])
+    >>> reworded.rates["paraphrase"].n == len([e for e in data if e.candidates])
+    True
+    """
+
+    rates: Mapping[str, Estimate]
+    """``paraphrase`` and ``format``: share of questions whose answer changes under at least one rule of the kind; and the
+    share of each rule, by its name, over the questions that it applies to. Intervals are clustered by image."""
+    answers: Mapping[str, BehaviorResult]
+    """Rule to its answers; ids are those of the data."""
+
+
+def reword(
+    model: Lvlm,
+    data: ConceptDataset,
+    answers: BehaviorResult,
+    *,
+    rules: Sequence[str] | None = None,
+    batch_size: int = 32,
+    max_new_tokens: int = 16,
+    progress: bool | None = None,
+) -> RewordedAnswers:
+    """Ask the questions of a dataset in other words and other forms, and compare the answers with those to the data.
+
+    An answer changes if the model is right in one form and wrong in the other, or, where the candidates are the same, if it
+    chooses another candidate. A text that is no candidate is another answer.
+
+    Parameters
+    ----------
+    model
+        The model; hooks on it act as in any forward pass.
+    data
+        The questions; those without candidates are left out.
+    answers
+        The model's answers to them, which are not asked again.
+    rules
+        Entries of `REWORDINGS`; None for all.
+    batch_size, progress
+        As for `gs.answer`.
+    max_new_tokens
+        Largest number of tokens of written answers.
+
+    Raises
+    ------
+    ConfigError
+        For an unknown rule.
+    DataError
+        As `gs.answer`.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> from behavior.card import reword
+    >>> model, data = gs.load_lvlm("tiny"), gs.scenes.dataset(10, splits=["random"])
+    >>> sorted(reword(model, data, gs.answer(model, data), rules=["as_choice"]).rates)
+    ['as_choice', 'format']
+    """
+    from behavior.answering import answer
+
+    names = list(REWORDINGS.usable()) if rules is None else list(rules)
+    check_rules(names)
+    first = {a.id: a for a in answers.answers if a.correct is not None}
+    asked = [e for e in data if e.candidates and e.id in first]
+    changed: dict[str, dict[str, bool]] = {}
+    results: dict[str, BehaviorResult] = {}
+    for name in names:
+        rule = REWORDINGS[name]
+        examples = tuple(x for e in asked if (x := rule.make(e)) is not None)
+        if not examples:
+            continue
+        results[name] = answer(
+            model,
+            ConceptDataset(f"{data.name}, {name}", examples),
+            generate=rule.generate,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        changed[name] = {a.id: differs(first[a.id], a) for a in results[name].answers}
+    rates: dict[str, Estimate] = {}
+    for kind in KINDS:
+        own = [changed[name] for name in changed if REWORDINGS[name].kind == kind]
+        ids = [e for e in asked if any(e.id in values for values in own)]
+        if ids:
+            rates[kind] = share([any(v.get(e.id, False) for v in own) for e in ids], [e.group for e in ids])
+    group_of = {e.id: e.group for e in asked}
+    rates |= {name: share(list(v.values()), [group_of[i] for i in v]) for name, v in changed.items()}
+    return RewordedAnswers(rates, results)
+
+
+def differs(first: Answer, second: Answer) -> bool:
+    """Return whether two answers to one fact differ.
+
+    >>> import groundscope as gs
+    >>> from behavior.card.rewording import differs
+    >>> about = ("q", "image", "neutral", "object", "existence", "Is there a cat?", "yes", ("yes", "no"))
+    >>> differs(gs.Answer(*about, "yes", True), gs.Answer(*about, "no", False))
+    True
+    """
+    if set(first.candidates) == set(second.candidates):
+        return first.given != second.given
+    return bool(first.correct) != bool(second.correct)
+
+
+def check_rules(names: Sequence[str]) -> None:
+    """Raise `ConfigError` for a name that is not in `REWORDINGS`.
+
+    >>> from behavior.card.rewording import check_rules
+    >>> check_rules(["contain"])
+    """
+    unknown = next((name for name in names if name not in REWORDINGS), None)
+    if unknown is not None:
+        msg = f"unknown rewording '{unknown}'; choose from {', '.join(REWORDINGS)}{nearest(unknown, REWORDINGS)}"
+        raise ConfigError(msg)
