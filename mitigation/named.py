@@ -24,7 +24,7 @@ def check_mitigation_name(text: str) -> None:
     >>> check_mitigation_name("vcd(alpha=0.5)")
     """
     from mitigation.arena.rows import parse_row
-    from mitigation.training_free.table import training_free_methods
+    from mitigation.training_free.registry import training_free_methods
 
     if text.endswith(_FILE):
         if not Path(text).is_file():
@@ -68,7 +68,7 @@ def named_mitigation(text: str, model: Lvlm) -> Mitigation:
     from mitigation.arena.rows import parse_row
     from mitigation.method_data import DerivationData
     from mitigation.steering.vector import SteeringVector
-    from mitigation.training_free.table import training_free_methods
+    from mitigation.training_free.registry import training_free_methods
 
     check_mitigation_name(text)
     if text.endswith(_FILE):

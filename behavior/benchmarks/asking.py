@@ -258,9 +258,10 @@ def ask(
         "max_new_tokens": max_new_tokens or dict(NEW_TOKENS),
         "sampling": None if sampling is None else vars(sampling),
     }
-    journal_path = path.with_name(f"{path.stem}.asked.jsonl")
+    stem = path.stem if path.suffix in {".json", ".jsonl"} else path.name
+    journal_path = path.with_name(f"{stem}.asked.jsonl")
     refuse = f"'{journal_path}' is being written by another process; wait until it ends, or choose another answer file"
-    with lock(path.with_name(f".{path.stem}.asked.lock"), refuse=lambda _: refuse, transient=True):
+    with lock(path.with_name(f".{stem}.asked.lock"), refuse=lambda _: refuse, transient=True):
         journal = AnswerJournal.open(journal_path, identity)
         reused = len(journal.texts)
         context = nullcontext() if mitigation is None else mitigation.applied(model)

@@ -22,13 +22,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from behavior.benchmarks.figures import share
 from behavior.parsing import YES_NO
 from concepts.schema import ConceptDataset, Example
-from groundscope.core.errors import ConfigError
+from groundscope.core.errors import ConfigError, GroundscopeError
 from groundscope.core.registry import Registry
 from groundscope.core.statistics import Estimate
 from groundscope.core.text import nearest
@@ -152,6 +152,8 @@ class RewordedAnswers:
     share of each rule, by its name, over the questions that it applies to. Intervals are clustered by image."""
     answers: Mapping[str, BehaviorResult]
     """Rule to its answers; ids are those of the data."""
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Rule that this model cannot be asked by, such as letters that its tokenizer does not know, to the reason."""
 
 
 def reword(
@@ -196,8 +198,8 @@ def reword(
     >>> import groundscope as gs
     >>> from behavior.card import reword
     >>> model, data = gs.load_lvlm("tiny"), gs.scenes.dataset(10, splits=["random"])
-    >>> sorted(reword(model, data, gs.answer(model, data), rules=["as_choice"]).rates)
-    ['as_choice', 'format']
+    >>> sorted(reword(model, data, gs.answer(model, data), rules=["as_open"]).rates)
+    ['as_open', 'format']
     """
     from behavior.answering import answer
 
@@ -207,10 +209,15 @@ def reword(
     asked = [e for e in data if e.candidates and e.id in first]
     changed: dict[str, dict[str, bool]] = {}
     results: dict[str, BehaviorResult] = {}
+    left_out: dict[str, str] = {}
     for name in names:
         rule = REWORDINGS[name]
         examples = tuple(x for e in asked if (x := rule.make(e)) is not None)
         if not examples:
+            continue
+        reason = None if rule.generate else _unknown_candidate(model, examples)
+        if reason is not None:
+            left_out[name] = reason
             continue
         results[name] = answer(
             model,
@@ -229,7 +236,19 @@ def reword(
             rates[kind] = share([any(v.get(e.id, False) for v in own) for e in ids], [e.group for e in ids])
     group_of = {e.id: e.group for e in asked}
     rates |= {name: share(list(v.values()), [group_of[i] for i in v]) for name, v in changed.items()}
-    return RewordedAnswers(rates, results)
+    return RewordedAnswers(rates, results, left_out)
+
+
+def _unknown_candidate(model: Lvlm, examples: Sequence[Example]) -> str | None:
+    """Return why the tokenizer cannot distinguish the candidates of an example; None if it can for all."""
+    from lvlm.answer_keys import answer_key
+
+    try:
+        for example in examples:
+            answer_key(model, example)
+    except GroundscopeError as error:
+        return str(error)
+    return None
 
 
 def differs(first: Answer, second: Answer) -> bool:

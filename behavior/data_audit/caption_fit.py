@@ -67,9 +67,11 @@ def caption_fit(
     --------
     >>> import groundscope as gs
     >>> from behavior.data_audit import caption_fit
-    >>> data = gs.scenes.dataset(10).filter(lambda e: e.kind == "caption")
-    >>> fit = caption_fit(gs.load_lvlm("tiny"), data, others=2)
-    >>> set(fit) == {e.id for e in data}
+    >>> from dataclasses import replace
+    >>> model, data = gs.load_lvlm("tiny"), gs.scenes.dataset(10).filter(lambda e: e.kind == "caption")[:2]
+    >>> written = gs.answer(model, data).texts  # its own captions fit
+    >>> captions = gs.ConceptDataset("captions", tuple(replace(e, answer=written[e.id]) for e in data))
+    >>> all(value > 0 for value in caption_fit(model, captions).values())
     True
     """
     from lvlm.answer_keys import answer_tokens

@@ -147,9 +147,12 @@ def _reword(condition: str, answers: BehaviorResult, context: Context) -> dict[s
         for name, part in dataset_parts(context.held_out).items():
             chosen = select_evenly([e for e in part if e.candidates], options.reworded)
             data = ConceptDataset(name, tuple(chosen))
-            rates[name] = reword(
+            result = reword(
                 model, data, answers, rules=options.rewordings, batch_size=context.config.evaluate.batch_size
-            ).rates
+            )
+            rates[name] = result.rates
+            for rule, reason in result.left_out.items():
+                context.console.print(f"rewording '{rule}' is left out for {name}, {condition}: {reason}", markup=False)
     return rates
 
 

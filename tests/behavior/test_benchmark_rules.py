@@ -571,10 +571,14 @@ def test_gavie_by_replies(tmp_path: Path) -> None:
 
 
 def test_chair(tmp_path: Path) -> None:
-    """Captions of generated nouns, with repeats, synonyms and words of two; truths from boxes, and from human captions."""
+    """Captions of generated nouns, with repeats, synonyms and words of two; truths from boxes, and from human captions.
+
+    The released scorer never finds "bus" (its singular is "bu"), one of the slips that `behavior.chair` lists.
+    """
     chance = random.Random(20)
     names = {"dog": "dog", "dogs": "dog", "puppy": "dog", "cat": "cat", "woman": "person", "men": "person",
-             "wine glass": "wine glass", "couch": "couch", "laptop": "laptop", "bus": "bus", "tree": None}  # fmt: skip
+             "wine glass": "wine glass", "couch": "couch", "laptop": "laptop", "buses": "bus", "tree": None,
+             "bus": None}  # fmt: skip
     categories = ("dog", "cat", "person", "wine glass", "couch", "laptop", "bus")
     boxes, human, captions, mentioned = [], [], [], []
     truths: list[set[str]] = []

@@ -277,7 +277,11 @@ def test_captions_fit_by_a_model_as_a_loop_over_images_says() -> None:
     from lvlm.answer_keys import answer_tokens
 
     model = gs.load_lvlm("tiny")
-    data = gs.scenes.dataset(10).filter(lambda e: e.kind == "caption")[:3]
+    requests = gs.scenes.dataset(10).filter(lambda e: e.kind == "caption")[:3]
+    written = gs.answer(model, requests).texts
+    shown = [written[e.id] for e in requests]
+    texts = [shown[1], shown[0], shown[2]]  # the first two are captions of each other's image
+    data = ConceptDataset("captions", tuple(replace(e, answer=t) for e, t in zip(requests, texts, strict=True)))
     fit = caption_fit(model, data, others=9, batch_size=4)
 
     def log_p(example: Example, about: Example) -> float:
@@ -293,6 +297,7 @@ def test_captions_fit_by_a_model_as_a_loop_over_images_says() -> None:
     for example in data:
         others = [log_p(example, other) for other in data if other.id != example.id]
         assert fit[example.id] == pytest.approx(log_p(example, example) - sum(others) / len(others), abs=1e-3)
+    assert [fit[e.id] > 0 for e in data] == [False, False, True]
     audited = gs.audit(data, causes=["mismatched captions"], pixels=False, caption_scores=fit)
     assert {i for f in audited.cause("mismatched captions").findings for i in f.examples} == {
         i for i in fit if fit[i] < 0

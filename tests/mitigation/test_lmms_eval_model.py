@@ -83,9 +83,9 @@ def test_the_evaluator_of_lmms_eval_scores_an_instance(
     pytest.importorskip("lmms_eval", reason="lmms-eval is installed in an environment of its own: see CONTRIBUTING.md")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    from lmms_eval.evaluator import simple_evaluate
-    from lmms_eval.models import get_model
-    from lmms_eval.tasks import TaskManager
+    from lmms_eval.evaluator import simple_evaluate  # pyright: ignore[reportMissingImports]
+    from lmms_eval.models import get_model  # pyright: ignore[reportMissingImports]
+    from lmms_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
     examples = [e for e in gs.scenes.dataset(10) if e.kind == "existence"][:6]
     rows = []
