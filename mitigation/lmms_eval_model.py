@@ -214,7 +214,7 @@ def _model_class() -> type:
             mitigation: str | Mitigation = "",
             *,
             model: Lvlm | None = None,
-            dtype: str = "",
+            dtype: str = "auto",
             device: str | None = None,
             batch_size: int | str = 1,
             max_new_tokens: int | None = None,
@@ -224,8 +224,8 @@ def _model_class() -> type:
             super().__init__()
             from lvlm import load_lvlm
 
-            options = {name: value for name, value in (("dtype", dtype), ("device", device)) if value}
-            self.lvlm = model or load_lvlm(path, trust_remote_code=trust_remote_code, **options)
+            place = device or "cpu"
+            self.lvlm = model or load_lvlm(path, dtype=dtype, device=place, trust_remote_code=trust_remote_code)
             named = isinstance(mitigation, str)
             self.mitigation = (named_mitigation(mitigation, self.lvlm) if mitigation else None) if named else mitigation
             self.batch_size = int(batch_size or 1)

@@ -17,7 +17,7 @@ from behavior.benchmarks import BENCHMARKS, ask, benchmark_data, write_requests
 from behavior.benchmarks.asking import PROMPT
 from groundscope.core.errors import GroundscopeError
 from lvlm import Lvlm
-from mitigation import training_free_methods
+from mitigation.training_free.controls.rules import YesNoBias
 
 TASKS = ("existence", "OCR", "code_reasoning", "numerical_calculation")
 
@@ -161,7 +161,7 @@ def test_other_answers_are_not_mixed(tiny: Lvlm, mme: Path, tmp_path: Path) -> N
 
 
 def test_a_mitigation_acts_on_the_answers(tiny: Lvlm, mme: Path, tmp_path: Path) -> None:
-    yes = training_free_methods["constant_bias"](bias=1e3)
+    yes = YesNoBias(bias=1e3)
     files = {"questions": mme}
     asked = ask(tiny, "mme", tmp_path / "yes", mme, files, mitigation=yes, limit=2)
     assert {a.text.strip().lower()[:3] for a in asked.answers} == {"yes"}

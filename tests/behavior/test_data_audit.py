@@ -277,7 +277,7 @@ def test_captions_fit_by_a_model_as_a_loop_over_images_says() -> None:
     from lvlm.answer_keys import answer_tokens
 
     model = gs.load_lvlm("tiny")
-    requests = gs.scenes.dataset(10).filter(lambda e: e.kind == "caption")[:3]
+    requests = gs.scenes.dataset(30).filter(lambda e: e.kind == "caption")[:3]
     written = gs.answer(model, requests).texts
     shown = [written[e.id] for e in requests]
     texts = [shown[1], shown[0], shown[2]]  # the first two are captions of each other's image

@@ -149,16 +149,15 @@ def test_the_model_is_asked_a_benchmark_and_scored(mme: Path, tmp_path: Path, mo
         return original(name, *args, **options)
 
     monkeypatch.setattr(card_benchmarks, "benchmark_data", counted)
-    entries = [asked_entry(mme), asked_entry(mme, mitigation="constant_bias(bias=1000.0)")]
+    entries = [asked_entry(mme), asked_entry(mme, mitigation="vcd(alpha=0.5)")]
     words = ["card.conditions=[]", "stages=[card]", f"card.benchmarks=[{','.join(entries)}]"]
     folder, _ = run(tmp_path, *words)
     assert len(reads) == 2  # once for each entry: the check, the key and the stage share them
     card = EvaluationCard.load(folder / "card" / "card.json")
-    assert card.models == ["tiny", "tiny, constant_bias(bias=1000.0)"]
+    assert card.models == ["tiny", "tiny, vcd(alpha=0.5)"]
     for model in card.models:
         assert card.row(model, "mme", "no level").n == card.row(model, "mme", "object").n == 6
         assert {f.figure for f in card.figures if f.model == model and f.part == "all"} == {"perception", "cognition"}
-    assert card.row(card.models[1], "mme").frequency.value == 0.5  # always yes
     assert (folder / "card" / "asked" / "mme-tiny" / "existence.txt").is_file()
     assert run(tmp_path, *words)[1].count("unchanged") == 1
 

@@ -14,7 +14,8 @@ import groundscope as gs
 from concepts.schema import Example
 from groundscope.core.errors import ConfigError
 from lvlm import Lvlm
-from mitigation.lmms_eval_model import Request, continuation_losses, generate_texts
+from mitigation.lmms_eval_model import Request, continuation_losses, generate_texts, manifest
+from mitigation.training_free.controls.rules import YesNoBias
 
 
 @pytest.fixture(scope="module")
@@ -76,15 +77,15 @@ metric_list:
 """
 
 
-@pytest.mark.parametrize("mitigation", [None, "constant_bias(bias=1000.0)"])
+@pytest.mark.parametrize("mitigation", ["", YesNoBias(bias=1e3)], ids=["alone", "always yes"])
 def test_the_evaluator_of_lmms_eval_scores_an_instance(
-    tiny: Lvlm, tmp_path: Path, mitigation: str | None, monkeypatch: pytest.MonkeyPatch
+    tiny: Lvlm, tmp_path: Path, mitigation: str | YesNoBias, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("lmms_eval", reason="lmms-eval is installed in an environment of its own: see CONTRIBUTING.md")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     from lmms_eval.evaluator import simple_evaluate  # pyright: ignore[reportMissingImports]
-    from lmms_eval.models import get_model  # pyright: ignore[reportMissingImports]
+    from lmms_eval.models.registry_v2 import ModelRegistryV2  # pyright: ignore[reportMissingImports]
     from lmms_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
     examples = [e for e in gs.scenes.dataset(10) if e.kind == "existence"][:6]
@@ -102,13 +103,15 @@ def test_the_evaluator_of_lmms_eval_scores_an_instance(
             task="scenes", file=tmp_path / "rows.jsonl", output="generate_until", more=generation, metric="exact_match"
         )
     )
-    model_class = get_model("groundscope", force_simple=True)
-    instance = model_class(model=tiny, mitigation=mitigation or "", batch_size=4)
+    registry = ModelRegistryV2()
+    registry.register_manifest(manifest())  # as its entry point does
+    model_class = registry.get_model_class("groundscope")
+    instance = model_class(model=tiny, mitigation=mitigation, batch_size=4)
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False, model_name="groundscope")
     results = simple_evaluate(instance, tasks=["scenes"], task_manager=manager, log_samples=True, bootstrap_iters=0)
     samples = results["samples"]["scenes"]
     texts = [s["filtered_resps"][0] for s in samples]
-    if mitigation is None:
+    if not mitigation:
         assert texts == [tiny.ask(e.image.load(), e.question, max_new_tokens=1).strip() for e in examples]
     else:
         assert {t.lower() for t in texts} == {"yes"}
