@@ -77,9 +77,8 @@ metric_list:
 """
 
 
-@pytest.mark.parametrize("mitigation", ["", YesNoBias(bias=1e3)], ids=["alone", "always yes"])
 def test_the_evaluator_of_lmms_eval_scores_an_instance(
-    tiny: Lvlm, tmp_path: Path, mitigation: str | YesNoBias, monkeypatch: pytest.MonkeyPatch
+    tiny: Lvlm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("lmms_eval", reason="lmms-eval is installed in an environment of its own: see CONTRIBUTING.md")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
@@ -106,15 +105,13 @@ def test_the_evaluator_of_lmms_eval_scores_an_instance(
     registry = ModelRegistryV2()
     registry.register_manifest(manifest())  # as its entry point does
     model_class = registry.get_model_class("groundscope")
-    instance = model_class(model=tiny, mitigation=mitigation, batch_size=4)
+    bias = YesNoBias(bias=1e3)  # acts on questions with candidates only, so these texts are those of the model
+    instance = model_class(model=tiny, mitigation=bias, batch_size=4)
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False, model_name="groundscope")
     results = simple_evaluate(instance, tasks=["scenes"], task_manager=manager, log_samples=True, bootstrap_iters=0)
     samples = results["samples"]["scenes"]
     texts = [s["filtered_resps"][0] for s in samples]
-    if not mitigation:
-        assert texts == [tiny.ask(e.image.load(), e.question, max_new_tokens=1).strip() for e in examples]
-    else:
-        assert {t.lower() for t in texts} == {"yes"}
+    assert texts == [tiny.ask(e.image.load(), e.question, max_new_tokens=1).strip() for e in examples]
     right = sum(t == e.answer for t, e in zip(texts, examples, strict=True)) / len(examples)
     score = results["results"]["scenes"]
     assert next(v for k, v in score.items() if k.startswith("exact_match,")) == pytest.approx(right)
