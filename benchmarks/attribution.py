@@ -130,10 +130,10 @@ def measure_cost(n: int) -> dict[str, Figure]:
         add(name, [candidate / (plain / 4) for plain, candidate in times], "plain forwards")
 
     questions = list(make_questions(4))
-    neutral = [questions[0].question.replace("cat", "dog")]
+    matched = {q.id: [q.question.replace("cat", "dog")] for q in questions}
 
     def split() -> input_attribution.Sources:
-        return input_attribution.split(model, questions, neutral_questions=neutral, progress=False, batch_size=8)
+        return input_attribution.split(model, questions, matched_texts=matched, progress=False, batch_size=8)
 
     with progress("cost of sources"):
         distinct = sum(shares.forwards for shares in split().examples)

@@ -6,7 +6,7 @@
 - `attribution.heads`, `nodes`, `inputs`, `edges`: the same effects estimated from gradients (`attribution`)
 - `faithfulness.curve`, `minimal`, `edges`: how much of the behavior a circuit preserves (`faithfulness`)
 - `head_table`, `attention_to_image`: scores of heads from one forward pass each (`head_screening`)
-- `input_attribution.split`: an answer's log-odds as prior, image and prompt (`input_attribution`)
+- `input_attribution.split`: an answer's log-odds as lean, form, knowledge and image (`input_attribution`)
 - `HeadScores`, `PatchScores`, `Graph`: results with intervals, tests, plots and files (`results`)
 - `Intervention`, `intervened`, `logits_under`: change activations yourself (`interventions`, `execution`)
 

@@ -7,6 +7,7 @@ from .head_screening.image_attention import ImageAttention, attention_to_image
 from .head_screening.table import HeadTable, head_table
 from .head_set import HeadSet, all_heads
 from .input_attribution.results import Sources, SourceShares
+from .input_attribution.shapley_results import ShapleyShares, ShapleySources
 from .interventions.intervention import Add, Amplify, Gate, Intervention, Project, Replace, Zero, intervened
 from .patching.activation import patch, patch_heads
 from .patching.metrics import metrics
@@ -34,6 +35,8 @@ __all__ = [
     "Project",
     "RankingComparison",
     "Replace",
+    "ShapleyShares",
+    "ShapleySources",
     "SourceShares",
     "Sources",
     "Stability",

@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from diagnosis.fit import DirectionSet
 from diagnosis.narrative import describe_claim
 from diagnosis.probe_sets import ProbeSet, check_origin, probe_sets
 from diagnosis.readings import Margins, read_live, read_stored, read_tokens
-from diagnosis.results import OTHER, STAGES, Diagnoses, Diagnosis, Place, Reading
+from diagnosis.results import OTHER, SOURCES, STAGES, Diagnoses, Diagnosis, Place, Reading
 from diagnosis.verdicts import (
     ConceptAccuracy,
     belief,
@@ -51,8 +52,8 @@ from lvlm.token_selection import ALL_IMAGE_TOKENS, IMAGE_MEAN
 MAX_CALIBRATION = 150
 """Largest number of right answers, and of further wrong ones, per kind whose image tokens are read from the model for
 calibration, because a store has one vector per example."""
-PARTS = ("image", "prior", "log_odds")
-"""Fields of an answer's sources in a diagnosis, next to ``prompt`` or ``prefix``."""
+_NUMBERS = (*SOURCES, "log_odds", "no_image", "noun_spread")
+"""Fields of an answer's sources in a diagnosis, next to ``blank_spread``."""
 MAX_CHECKED = 32
 """Largest number of right answers per kind on which other effects of a component are measured."""
 
@@ -81,10 +82,11 @@ def diagnose(
     ``overridden by the prior``
         The truth is decodable in some layer of the last token, and the model answers otherwise; removing the common offset of
         all answers to such questions, or setting a few named heads or MLPs to their mean output at the last token, corrects
-        the answer (components that right answers need are excluded). The words alone suggest the wrong answer: the answer
-        about a blank image is the same, and prior and prompt favor it more than the image does, if sources are computed.
+        the answer (components that right answers need are excluded). The words alone are on the wrong side: the log-odds of the
+        true answer against the model's, about blank images, are negative (``lean + form + knowledge``, the mean over the blank
+        images of `circuits.input_attribution.split`; without sources, about the image's mean color), and more so than the image.
     ``overridden late``
-        The same, but the words alone do not suggest the answer.
+        The same, but the words alone favor the true answer, or oppose it less than the image does.
     ``not readable``
         The deciding stage has no probe of the concept, or only one that shows neither its presence nor its absence. This is not
         "not seen": nothing is known about what the model encodes there.
@@ -114,15 +116,15 @@ def diagnose(
         Examples of the store. Right answers get no verdict and are used for calibration. Examples without candidate answers
         are left out; the provenance has their number.
     with_sources
-        Whether to attribute the log-odds of each wrong answer to image, prompt and prior
-        (`circuits.input_attribution.attribute`).
+        Whether to split the log-odds of the true answer against each wrong answer into lean, form, knowledge and image
+        (`circuits.input_attribution.split`).
     compare_ids
-        Ids of right answers whose log-odds are attributed too.
+        Ids of right answers whose log-odds are split too, against the strongest other answer.
     calibrate_on
         Further examples of the store on which readings at image tokens are calibrated: wrong answers that are not diagnosed. They
         get no verdict; with more of them, intervals are narrower and fewer verdicts are "not readable".
     seed
-        Seed of the choice of neutral questions, and of right answers for calibration.
+        Seed of the choice of other nouns in questions, and of right answers for calibration.
     progress
         Whether to show progress; by default on a terminal only.
 
@@ -198,10 +200,10 @@ def diagnose(
         right = _right_answers(answers, claims, kinds, seed)
         corrections = find_corrections(model, wrong, [claims[e.id].kind for e in wrong], means, right, offsets)
         bar.advance(task)
-        blank_answers = _without_image(model, wrong)
+        blank_answers = _without_image(model, wrong, [claims[e.id].model_answer for e in wrong])
         bar.advance(task)
         attributed = [*wrong, *(example_of[name] for name in compare_ids if claims[name].right)]
-        sources = _sources(model, store, claims, attributed, seed) if with_sources else {}
+        sources = _sources(model, attributed, answers, seed) if with_sources else {}
     kind_of_attribute = attribute_kinds(answers)
     evidence = dict(zip([e.id for e in wrong], zip(corrections, blank_answers, offsets, strict=True), strict=True))
     diagnoses = []
@@ -209,7 +211,7 @@ def diagnose(
         claim = claims[example.id]
         diagnosis = Diagnosis(_about(example), claim.model_answer, claim.question_concept, None, math.nan)
         if example.id in evidence:
-            correction, blank_answer, offset = evidence[example.id]
+            correction, (blank_answer, blank_odds), offset = evidence[example.id]
             # An offset needs no right answers, which show the other effects of a component.
             if correction is None and claim.margin + offset > 0:
                 correction = Correction(claim.margin, (), (), claim.margin + offset, offset)
@@ -222,7 +224,7 @@ def diagnose(
                 without_image=blank_answer,
                 sources=sources.get(example.id, {}),
             )
-            diagnosis = _judge_answer(diagnosis, claim, stages_of[claim.kind], correction, store.digest)
+            diagnosis = _judge_answer(diagnosis, claim, stages_of[claim.kind], correction, blank_odds, store.digest)
         diagnoses.append(replace(diagnosis, sources=sources.get(example.id, {})))
     places = tuple(place for stages in stages_of.values() for place in stages.places)
     digest = hashlib.sha256(
@@ -349,9 +351,17 @@ def _place(kind: str, s: ProbeSet, c: Calibration, *, chosen: bool) -> Place:
 
 
 def _judge_answer(
-    diagnosis: Diagnosis, claim: Claim, stages: _Stages, correction: Correction | None, store: str = ""
+    diagnosis: Diagnosis,
+    claim: Claim,
+    stages: _Stages,
+    correction: Correction | None,
+    blank_odds: float = math.nan,
+    store: str = "",
 ) -> Diagnosis:
-    """Return a diagnosis with its verdict and the evidence; `store` is the digest of the store."""
+    """Return a diagnosis with its verdict and the evidence.
+
+    `blank_odds` are the log-odds of the truth against the model's answer about a blank image; `store` is the digest of the store.
+    """
     places: dict[int, tuple[Place, Place | None]] = {}
     for i, (s, place, odds, by_concept) in enumerate(
         zip(stages.sets, stages.places, stages.odds, stages.by_concept, strict=True)
@@ -382,7 +392,11 @@ def _judge_answer(
     beliefs = {stage: belief(readings_of[stage], states[stage], evidence, stage) for stage in STAGES}
     last_true_site = next((r.site for r in reversed(readings_of["last"]) if r.state == "truth"), "")
     corrected = correction is not None and correction.corrected_log_odds > 0
-    prior = prior_suggests(diagnosis.model_answer, diagnosis.without_image, diagnosis.sources)
+    words, log_odds = blank_odds, claim.margin
+    if diagnosis.sources:
+        words = sum(diagnosis.sources[name] for name in SOURCES if name != "image")
+        log_odds = diagnosis.sources["log_odds"]
+    prior = prior_suggests(words, log_odds)
     verdict, confidence, reason = judge(states, beliefs, corrected=corrected, prior=prior)
     if claim.group in stages.train_groups or claim.row in stages.trained:
         verdict, confidence = OTHER, 0.0
@@ -456,9 +470,11 @@ def _right_answers(
 
 
 @torch.no_grad()
-def _without_image(model: Lvlm, examples: Sequence[Example]) -> list[str]:
-    """Return the model's answer to each question about a blank image."""
-    answers = [""] * len(examples)
+def _without_image(
+    model: Lvlm, examples: Sequence[Example], model_answers: Sequence[str] | None = None
+) -> list[tuple[str, float]]:
+    """Return for each question about a blank image the model's answer, and the log-odds of the truth against `model_answers`."""
+    answers = [("", math.nan)] * len(examples)
     blank = [replace(e, image=EditedImage(e.image, "blank")) for e in examples]
     for batch in model.batches(blank, batch_rows(model, blank, 32)):
         for number, encoding, row in zip(batch.index, batch.encodings, model.logits(batch.inputs), strict=True):
@@ -466,59 +482,38 @@ def _without_image(model: Lvlm, examples: Sequence[Example]) -> list[str]:
             check_finite(
                 row.float().logsumexp(-1)[None], [f"example '{encoding.example.id}' without its image"], model.name
             )
-            answers[number] = key.candidates[int(key.scores(row.float()).argmax())]
+            scores = dict(zip(key.candidates, key.scores(row.double()).tolist(), strict=True))
+            answer = max(scores, key=scores.__getitem__)
+            rival = answer if model_answers is None else model_answers[number]
+            answers[number] = answer, scores[encoding.example.answer] - scores[rival]
     return answers
 
 
 def _sources(
-    model: Lvlm, store: ActivationStore, claims: Mapping[str, Claim], examples: Sequence[Example], seed: int
+    model: Lvlm, examples: Sequence[Example], among: Sequence[Example], seed: int
 ) -> dict[str, dict[str, float]]:
-    """Attribute answers to sources.
+    """Split the log-odds of the true answers; answers without matched questions and prefixes are missing.
 
-    Neutral questions are others of the same kind and length in the store. An answer after a prefix for which there is none, such
-    as a word of a caption, is attributed to image and prefix; neutral prefixes are others of the same kind and length.
+    The nouns of a question are replaced by those of the data. An answer after a prefix to a question that no other can replace,
+    such as a word of a caption, is split with other prefixes of the same kind.
     """
-    if model.encoder_decoder:
-        return {}
-    columns, lengths = store.columns, _prompt_lengths(store)
-    prefixes = columns.get("prefix", np.full(len(lengths), ""))
-    texts = {"prompt": columns["question"], "prefix": prefixes}
-    length = {"prompt": lengths, "prefix": np.asarray(columns["n_tokens"], np.float64) - lengths}
-    pools: dict[str, dict[tuple[str, float], dict[str, None]]] = {"prompt": {}, "prefix": {}}
-    for part, pool in pools.items():
-        for claim in claims.values():
-            pool.setdefault((claim.kind, float(length[part][claim.row])), {})[str(texts[part][claim.row])] = None
-    neutral: dict[str, dict[str, tuple[str, ...]]] = {"prompt": {}, "prefix": {}}
-    for i, example in enumerate(examples):
-        claim = claims[example.id]
-        for part, own in (("prompt", example.question), ("prefix", example.prefix)):
-            others = [text for text in pools[part][claim.kind, float(length[part][claim.row])] if text != own]
-            if own and others:
-                neutral[part][example.id] = input_attribution.sample_texts(others, seed, i)
-                break
+    examples = [e for e in examples if len(e.candidates) > 1]
+    questions = input_attribution.matched_questions(model, examples, among=among, seed=seed)
+    after_prefix = [e for e in examples if e.id not in questions]
+    prefixes = input_attribution.matched_prefixes(model, after_prefix, among=among, seed=seed)
     sources: dict[str, dict[str, float]] = {}
-    for part, texts_of in neutral.items():
-        possible = [e for e in examples if e.id in texts_of]
+    for matched, texts in (("question", questions), ("prefix", prefixes)):
+        possible = [e for e in examples if e.id in texts]
         if not possible:
             continue
         size = batch_rows(model, possible, 64)
-        result = (
-            input_attribution.split(model, possible, neutral_questions=texts_of, batch_size=size, progress=False)
-            if part == "prompt"
-            else input_attribution.split(
-                model, possible, prompt="prefix", neutral_prefixes=texts_of, batch_size=size, progress=False
-            )
-        )
-        for item in result.examples:
-            sources[item.example["id"]] = {name: getattr(item, name) for name in PARTS} | {part: item.prompt}
+        options: dict[str, Any] = {"matched": matched, "matched_texts": texts, "batch_size": size}
+        for shares in input_attribution.split(model, possible, progress=False, **options).examples:
+            values = {name: float(getattr(shares, name)) for name in _NUMBERS}
+            spreads = {"blank_spread": float(shares.blank_spread["image"])}
+            # A number that does not exist, such as the spread of one, is left out: files have no NaN there.
+            sources[shares.example["id"]] = {k: v for k, v in (values | spreads).items() if math.isfinite(v)}
     return sources
-
-
-def _prompt_lengths(store: ActivationStore) -> np.ndarray:
-    """Return the number of prompt tokens of each example, without its prefix."""
-    lengths = np.asarray(store.columns["n_tokens"], np.float64)
-    spans = store.columns.get("span:prefix")
-    return lengths if spans is None else lengths - [sum(stop - start for start, stop in runs) for runs in spans]
 
 
 def _about(example: Example) -> dict[str, str]:

@@ -22,9 +22,11 @@ from groundscope.core.text import nearest
 if TYPE_CHECKING:
     import pandas as pd
 
-FORMAT, VERSION = "groundscope.diagnoses", 5
+FORMAT, VERSION = "groundscope.diagnoses", 6
 """Versions 1 and 2 have no digest, version 1 no offset; versions 1 to 3 have neither ``overridden late`` nor ``not readable``,
-and their ``overridden by the prior`` needs no evidence of a prior. Versions 1 to 4 do not say which readings a verdict uses."""
+and their ``overridden by the prior`` needs no evidence of a prior. Versions 1 to 4 do not say which readings a verdict uses.
+The sources of versions 1 to 5 are Shapley shares of the model's answer (``image``, ``prompt`` or ``prefix``, ``prior``), and a
+prior needed the same answer about a blank image; `load` leaves these sources out."""
 _LAST_WITHOUT_DIGEST = 2
 NOT_SEEN, LOST, NOT_INTEGRATED = "not seen", "lost at the projector", "not integrated"
 OVERRIDDEN, OVERRIDDEN_LATE = "overridden by the prior", "overridden late"
@@ -37,6 +39,8 @@ STAGES = ("vision", "projector", "image", "last")
 """Vision tower; projector; image tokens of the decoder; last token of the decoder, at which the answer is computed."""
 ABOUT = ("id", "group", "level", "split", "kind", "question", "truth")
 BY = ("level", "split", "kind", "concept")
+SOURCES = ("lean", "form", "knowledge", "image")
+"""Shares of the log-odds of the true answer (`Diagnosis.sources`)."""
 
 
 @dataclass(frozen=True)
@@ -149,9 +153,11 @@ class Diagnosis:
     without_image: str = ""
     """The model's answer about a blank image."""
     sources: Mapping[str, float] = field(default_factory=dict)
-    """``image``, ``prompt``, ``prior`` and ``log_odds`` of the model's answer (`circuits.input_attribution.attribute`); also for
-    right answers that were selected for comparison. Where no other question can replace the example's own, but other prefixes
-    can, as with words of captions, ``prefix`` instead of ``prompt``."""
+    """Shares of the log-odds of the true answer against the model's: ``lean``, ``form``, ``knowledge``, ``image``, their sum
+    ``log_odds``, and where they exist ``no_image`` (log-odds without any image), ``noun_spread`` and ``blank_spread`` (standard
+    deviations over nouns, and of the image's share over blank images); see `circuits.input_attribution.split`. Also for right
+    answers that were selected for comparison, against the strongest other answer. Empty if the question has no nouns that others
+    can replace, and the answer no prefix that another can replace."""
     information: str = ""
     """For a concept that is lost: a sentence with its nats at the vision tower and the later stage
     (`diagnosis.measure_losses`)."""
@@ -239,7 +245,8 @@ class Diagnoses:
                 "unread": " ".join(diagnosis.unread),
                 "without_image": diagnosis.without_image,
             }
-            row |= {part: diagnosis.sources.get(part, math.nan) for part in ("image", "prompt", "prefix", "prior")}
+            row["no_image"] = diagnosis.sources.get("no_image", math.nan)
+            row |= {part: diagnosis.sources.get(part, math.nan) for part in SOURCES}
             rows.append({**row, "text": narrative.explain(diagnosis)})
         return pd.DataFrame(rows)
 
@@ -371,6 +378,8 @@ def _diagnosis(stored: Any) -> Diagnosis:
     values["readings"] = tuple(Reading(**_numbers(r, Reading, "diagnoses.readings")) for r in record["readings"])
     values["pushes"] = tuple(Push(**check_fields(p, Push, "diagnoses.pushes")) for p in record["pushes"])
     values["corrected_by"] = tuple(record["corrected_by"])
+    if "lean" not in values["sources"]:
+        values["sources"] = {}  # Shapley shares of an earlier version
     return Diagnosis(**values)
 
 

@@ -139,15 +139,18 @@ def belief(readings: Sequence[Reading], state: str, places: Sequence[Place], sta
     return 1 / (1 + math.exp(-max(-30.0, min(30.0, max(odds))))) if odds else 0.5
 
 
-def prior_suggests(model_answer: str, blank: str, sources: Mapping[str, float]) -> bool:
-    """Return whether the words alone suggest an answer, which is evidence of a prior.
+def prior_suggests(words: float, log_odds: float) -> bool:
+    """Return whether the words alone favor the wrong answer, and more than the image does: evidence of a prior.
 
-    The answer about a blank image is the same; and if its log-odds are attributed to sources, prior and prompt (or the prefix)
-    together favor it, and more than the image does.
+    Parameters
+    ----------
+    words
+        Log-odds of the true answer against the model's about blank images: ``lean + form + knowledge``
+        (`circuits.input_attribution.split`).
+    log_odds
+        The same about the image; the image's share is ``log_odds - words``.
     """
-    words = sources.get("prior", math.nan) + sources.get("prompt", sources.get("prefix", math.nan))
-    contradicted = not math.isnan(words) and words <= max(0.0, sources["image"])
-    return blank == model_answer and not contradicted
+    return words < 0 and words < log_odds - words
 
 
 def judge(
@@ -164,7 +167,7 @@ def judge(
     corrected
         Whether the ablation of some heads or MLPs, or the removal of the common offset, makes the answer right.
     prior
-        Whether the words alone suggest the answer (`prior_suggests`); otherwise an override is ``overridden late``.
+        Whether the words alone favor the wrong answer (`prior_suggests`); otherwise an override is ``overridden late``.
 
     Returns
     -------

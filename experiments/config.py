@@ -400,11 +400,11 @@ class DiagnoseConfig:
     limit: int = 60
     """Largest number of wrong answers to diagnose, balanced over levels and splits; 0 for none."""
     sources: bool = True
-    """Also attribute each of them to image, prompt and prior (Shapley values)."""
+    """Also split the log-odds of the true answer against the model's into lean, form, knowledge and image."""
     compared: int = 60
-    """Number of right answers that are attributed for comparison, balanced over levels and splits."""
+    """Number of right answers that are split for comparison, balanced over levels and splits."""
     seed: int = 0
-    """Seed of the choice of answers, the split of the probes, and the choice of neutral questions."""
+    """Seed of the choice of answers, the split of the probes, and the choice of other nouns in questions."""
     shown: int = 6
     """Number of wrong answers that the report shows in detail."""
     fit: str | None = None

@@ -1,8 +1,18 @@
-"""Split an answer's log-odds into the contributions of image, prompt and language prior (Shapley values)."""
+"""Split an answer's log-odds by source: lean, form, knowledge and image; or Shapley values of image, prompt and prior."""
 
 from __future__ import annotations
 
-from circuits.input_attribution.attribute import NEUTRAL_QUESTIONS, sample_texts, split
+from circuits.input_attribution.attribute import split
+from circuits.input_attribution.matched_texts import matched_prefixes, matched_questions
 from circuits.input_attribution.results import Sources, SourceShares
+from circuits.input_attribution.shapley_results import ShapleyShares, ShapleySources
 
-__all__ = ["NEUTRAL_QUESTIONS", "SourceShares", "Sources", "sample_texts", "split"]
+__all__ = [
+    "ShapleyShares",
+    "ShapleySources",
+    "SourceShares",
+    "Sources",
+    "matched_prefixes",
+    "matched_questions",
+    "split",
+]

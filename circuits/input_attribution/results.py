@@ -1,4 +1,4 @@
-"""Results of input attribution: contributions of input parts to one answer, and over many answers."""
+"""Results of `circuits.input_attribution.split`: an answer's log-odds as four shares, as tables and files."""
 
 from __future__ import annotations
 
@@ -16,82 +16,118 @@ from groundscope.core.errors import ConfigError, StoreError
 from groundscope.core.result_fields import building, check_fields
 from groundscope.core.short_repr import short_repr
 from groundscope.core.statistics import cluster_bootstrap
+from groundscope.core.text import nearest
 
 if TYPE_CHECKING:
     import pandas as pd
 
 VERSION = 1
-_KIND = "sources"
-_ARRAYS = ("shares", "spread", "error", "coalitions", "values")
+_KIND = "source_shares"
+_ARRAYS = ("blank", "matched", "neutral")
 ABOUT = ("id", "group", "level", "split", "kind", "question", "truth")
 BY = ("level", "split", "kind", "said_true")
-PARTS = ("prior", "image", "prompt", "interaction", "log_odds")
+SHARES = ("lean", "form", "knowledge", "image")
+"""The shares, in the order in which the input is completed."""
+PARTS = (*SHARES, "log_odds")
 
 
 @dataclass(frozen=True, eq=False)
 class SourceShares:
-    """The split of one answer's log-odds: ``prior + shares.sum() == log_odds``, all in natural log-odds.
+    """The split of the log-odds of one answer against another: ``lean + form + knowledge + image == log_odds``, in nats.
 
     Examples
     --------
     >>> import numpy as np
     >>> from circuits import SourceShares
-    >>> about = dict.fromkeys(("id", "group", "level", "split", "kind"), "") | {"question": "Is it red?", "truth": "yes"}
-    >>> shares, zeros = np.array([2.0, 0.5]), np.zeros(2)
-    >>> coalitions, values = np.array([[0, 0], [1, 0], [0, 1], [1, 1]]), np.array([1.0, 3.0, 1.5, 3.5])
-    >>> answer = ("yes", "yes", ("image", "prompt"), 1, 3.5, 1.0, shares, zeros, zeros, 0.0, coalitions, values, 4)
-    >>> print(SourceShares(about, *answer))
-    'yes' to 'Is it red?': log-odds +3.50 = prior +1.00, image +2.00, prompt +0.50
+    >>> about = dict.fromkeys(("id", "group", "level", "split", "kind"), "") | {"question": "Is the apple red?", "truth": "no"}
+    >>> neutral, matched, blank = np.array([[-0.5]]), np.array([[-1.0, -0.6]]), np.array([-3.0])
+    >>> texts = ("Is the car red?", "Is the dog red?")
+    >>> answer = SourceShares(about, "no", "yes", "yes", -1.0, blank, matched, neutral, -2.5, texts, 5)
+    >>> print(answer)
+    'no' against 'yes' to 'Is the apple red?': log-odds -1.00 = lean -0.50, form -0.30, knowledge -2.20, image +2.00
+    >>> round(answer.words, 2), round(answer.noun_spread, 2)
+    (-3.0, 0.28)
     """
 
     example: Mapping[str, str]
     """``id``, ``group``, ``level``, ``split``, ``kind``, ``question`` and ``truth`` of the example."""
     answer: str
     """The answer whose log-odds are split."""
+    rival: str
+    """The other answer: ``log_odds = log p(answer) - log p(rival)``."""
     said: str
     """The model's answer."""
-    players: tuple[str, ...]
-    """Parts of the image first, then parts of the prompt, or the prefix."""
-    of_image: int
-    """Number of players that are parts of the image."""
     log_odds: float
-    """Log-odds of `answer` against all other candidates, with all parts present."""
-    prior: float
-    """Log-odds of `answer` with all parts neutral."""
-    shares: np.ndarray
-    """Shapley value of each player, float64 ``[n_players]``."""
-    spread: np.ndarray
-    """Standard deviation of each share over the neutral inputs, ``[n_players]``; NaN for a single neutral input."""
-    error: np.ndarray
-    """Standard error from sampling orders of arrival, ``[n_players]``; 0 if all coalitions are run."""
-    interaction: float
-    """Joint effect of image and prompt beyond their separate effects."""
-    coalitions: np.ndarray
-    """bool ``[m, n_players]``."""
-    values: np.ndarray
-    """Log-odds of each coalition, mean over the neutral inputs, float64 ``[m]``."""
+    """Log-odds for the image and the question."""
+    blank: np.ndarray
+    """Log-odds for each blank image and the question, float64 ``[blanks]``."""
+    matched: np.ndarray
+    """Log-odds for each blank image and each of `matched_texts`, ``[blanks, texts]``."""
+    neutral: np.ndarray
+    """Log-odds for each blank image and each neutral question, ``[blanks, questions]``."""
+    no_image: float
+    """Log-odds for the question without any image; NaN if the model needs an image."""
+    matched_texts: tuple[str, ...]
+    """The questions with other nouns, or the other prefixes."""
     forwards: int
-    """Number of distinct inputs that were run."""
+    """Number of distinct inputs that were run for this example and for none before it."""
 
     __repr__ = short_repr
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "example", MappingProxyType({name: self.example[name] for name in ABOUT}))
-        object.__setattr__(self, "players", tuple(self.players))
+        object.__setattr__(self, "matched_texts", tuple(self.matched_texts))
         for name in _ARRAYS:
-            array = np.array(getattr(self, name), bool if name == "coalitions" else np.float64)
+            array = np.array(getattr(self, name), np.float64)
             array.setflags(write=False)
             object.__setattr__(self, name, array)
 
     @property
-    def image(self) -> float:
-        """Share of the image, summed over its parts."""
-        return float(self.shares[: self.of_image].sum())
+    def lean(self) -> float:
+        """Log-odds for a blank image and a neutral question: the preference for an answer whatever is asked."""
+        return float(self.neutral.mean())
 
     @property
-    def prompt(self) -> float:
-        """Share of the text, summed over its parts: of the prompt, or of the prefix with ``prompt="prefix"``."""
-        return float(self.shares[self.of_image :].sum())
+    def form(self) -> float:
+        """Change by the form of the question: by the question about other nouns in place of the neutral one."""
+        return float(self.matched.mean() - self.neutral.mean())
+
+    @property
+    def knowledge(self) -> float:
+        """Change by the nouns of the question: what they suggest without an image."""
+        return float(self.blank.mean() - self.matched.mean())
+
+    @property
+    def image(self) -> float:
+        """Change by the image."""
+        return float(self.log_odds - self.blank.mean())
+
+    @property
+    def words(self) -> float:
+        """Log-odds without the image's content, mean over blank images: ``lean + form + knowledge``."""
+        return float(self.blank.mean())
+
+    @property
+    def noun_spread(self) -> float:
+        """Standard deviation (n - 1) of the log-odds over the matched texts, each a mean over blank images; NaN for one text."""
+        return _spread(self.matched.mean(0))
+
+    @property
+    def neutral_spread(self) -> float:
+        """The same over neutral questions."""
+        return _spread(self.neutral.mean(0))
+
+    @property
+    def blank_spread(self) -> Mapping[str, float]:
+        """Standard deviation (n - 1) of each share over the blank images, by share; NaN for one blank image."""
+        neutral, matched = self.neutral.mean(1), self.matched.mean(1)
+        each = {
+            "lean": neutral,
+            "form": matched - neutral,
+            "knowledge": self.blank - matched,
+            "image": self.log_odds - self.blank,
+        }
+        return MappingProxyType({name: _spread(values) for name, values in each.items()})
 
     @property
     def correct(self) -> bool:
@@ -99,33 +135,29 @@ class SourceShares:
         return self.said == self.example["truth"]
 
     def __str__(self) -> str:
-        parts = sorted(zip(self.players, self.shares, strict=True), key=lambda item: -abs(item[1]))
-        named = ", ".join(f"{name} {share:+.2f}" for name, share in parts)
-        return (
-            f"'{self.answer}' to '{self.example['question']}': log-odds {self.log_odds:+.2f} = "
-            f"prior {self.prior:+.2f}, {named}"
-        )
+        shares = ", ".join(f"{name} {getattr(self, name):+.2f}" for name in SHARES)
+        return f"'{self.answer}' against '{self.rival}' to '{self.example['question']}': log-odds {self.log_odds:+.2f} = {shares}"
 
 
 @dataclass(frozen=True, eq=False)
 class Sources:
-    """Splits of the answers to some examples; returned by `circuits.input_attribution.attribute.split`.
+    """Splits of the answers to some examples; returned by `circuits.input_attribution.split`.
 
     Examples
     --------
     >>> import groundscope as gs
-    >>> model = gs.load_lvlm("tiny")
-    >>> questions = gs.scenes.dataset(n_images=10, seed=0)[:3]
-    >>> sources = gs.input_attribution.split(model, questions, neutral_questions={e.id: [e.question] for e in questions})
-    >>> len(sources), sorted(set(sources.frame()["part"]))
-    (3, ['image', 'prompt'])
+    >>> sources = gs.input_attribution.split(gs.load_lvlm("tiny"), gs.scenes.dataset(n_images=10, seed=0)[:3])
+    >>> len(sources), sources.summary(by=())["part"].tolist()
+    (3, ['lean', 'form', 'knowledge', 'image', 'log_odds'])
     """
 
     examples: tuple[SourceShares, ...]
     of: str
-    """The answer that was split: ``said`` (the model's) or ``true``."""
-    neutral_images: tuple[str, ...]
-    """Replacements of an absent image."""
+    """The answer that was split: ``true`` or ``said`` (the model's)."""
+    blanks: tuple[str, ...]
+    """Images in place of the image."""
+    neutral_questions: tuple[str, ...]
+    """Questions in place of the question."""
     model: str
     config_hash: str
     weights_hash: str
@@ -139,34 +171,26 @@ class Sources:
         return self.examples[index]
 
     def frame(self) -> pd.DataFrame:
-        """Return one row per example and player: its share, the example's columns, prior and log-odds."""
+        """Return one row per example: its columns, the answers, the shares, their spreads, and the log-odds without any image."""
         import pandas as pd
 
-        rows = [
-            {
-                **answer.example,
-                "said": answer.said,
-                "answer": answer.answer,
-                "player": player,
-                "part": "image" if k < answer.of_image else "prefix" if player == "prefix" else "prompt",
-                "share": answer.shares[k],
-                "spread": answer.spread[k],
-                "error": answer.error[k],
-                "prior": answer.prior,
-                "log_odds": answer.log_odds,
-            }
-            for answer in self.examples
-            for k, player in enumerate(answer.players)
-        ]
+        rows = []
+        for shares in self.examples:
+            row = {**shares.example, "said": shares.said, "answer": shares.answer, "rival": shares.rival}
+            row |= {part: getattr(shares, part) for part in PARTS}
+            row |= {"no_image": shares.no_image, "noun_spread": shares.noun_spread}
+            row |= {"neutral_spread": shares.neutral_spread}
+            row |= {f"{name}_blank_spread": value for name, value in shares.blank_spread.items()}
+            rows.append(row)
         return pd.DataFrame(rows)
 
     def summary(self, by: Sequence[str] = ("level",), *, resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
-        """Return mean log-odds and their parts per group of examples, with 95 % intervals clustered by image.
+        """Return the mean log-odds and shares per group of examples, with 95 % intervals clustered by image.
 
         Parameters
         ----------
         by
-            Columns to group by, from ``level``, ``split``, ``kind``, ``said_true``.
+            Columns to group by, from ``level``, ``split``, ``kind``, ``said_true``; none for one group.
         resamples, seed
             Number of draws and seed of the bootstrap over groups.
 
@@ -184,7 +208,7 @@ class Sources:
 
         unknown = [name for name in by if name not in BY]
         if unknown:
-            msg = f"unknown column '{unknown[0]}' in by; choose from {', '.join(BY)}"
+            msg = f"unknown column '{unknown[0]}' in by; choose from {', '.join(BY)}{nearest(unknown[0], BY)}"
             raise ConfigError(msg)
         members: dict[tuple[str, ...], list[SourceShares]] = {}
         for answer in self.examples:
@@ -203,16 +227,17 @@ class Sources:
         return pd.DataFrame(rows)
 
     def save(self, path: str | Path) -> Path:
-        """Write one ``.safetensors`` file, including coalition values; raise `StoreError` if it cannot be written."""
+        """Write one ``.safetensors`` file with the log-odds of every run; raise `StoreError` if it cannot be written."""
         path = Path(path)
-        fields_of_card = [f.name for f in fields(SourceShares) if f.name not in _ARRAYS]
-        listed = [
-            {n: dict(e.example) if n == "example" else getattr(e, n) for n in fields_of_card} for e in self.examples
-        ]
+        names = [f.name for f in fields(SourceShares) if f.name not in _ARRAYS]
+        listed = []
+        for e in self.examples:
+            plain = {n: dict(e.example) if n == "example" else getattr(e, n) for n in names}
+            plain["no_image"] = e.no_image if math.isfinite(e.no_image) else None
+            listed.append({**plain, "shape": [e.matched.shape[0], e.matched.shape[1], e.neutral.shape[1]]})
         card = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "examples"}
-        sizes = [len(e.values) for e in self.examples]
         flat = {n: np.concatenate([getattr(e, n).ravel() for e in self.examples]) for n in _ARRAYS}
-        artifacts.write(path, _KIND, VERSION, flat, {**card, "examples": listed, "coalitions": sizes})
+        artifacts.write(path, _KIND, VERSION, flat, {**card, "examples": listed})
         return path
 
     @classmethod
@@ -221,20 +246,31 @@ class Sources:
         flat, card = artifacts.read(Path(path), _KIND, VERSION)
         at: dict[str, int] = dict.fromkeys(_ARRAYS, 0)
 
-        def take(name: str, size: int) -> np.ndarray:
+        def take(name: str, *shape: int) -> np.ndarray:
+            size = math.prod(shape)
             at[name] += size
             part = flat[name][at[name] - size : at[name]]
-            if len(part) != size:
+            if len(part) != size or size < 1:
                 msg = f"'{name}' ends early"
                 raise ValueError(msg)
-            return part
+            return part.reshape(shape)
 
-        with building(f"{path} is a damaged file of input attributions", StoreError):
+        with building(f"{path} is a damaged file of source shares", StoreError):
             answers = []
-            for about, m in zip(card.pop("examples"), card.pop("coalitions"), strict=True):
-                n = len(check_fields(about, SourceShares, "examples")["players"])
-                arrays: dict[str, Any] = {name: take(name, n) for name in ("shares", "spread", "error")}
-                arrays |= {"coalitions": take("coalitions", m * n).reshape(m, n), "values": take("values", m)}
-                answers.append(SourceShares(**about, **arrays))
-            card["neutral_images"] = tuple(check_fields(card, cls)["neutral_images"])
-            return cls(tuple(answers), **card)
+            for stored in card.pop("examples"):
+                blanks, texts, questions = shape = stored.pop("shape")
+                if any(type(size) is not int for size in shape):
+                    msg = f"shape {shape} is not three integers"
+                    raise ValueError(msg)
+                stored["no_image"] = math.nan if stored["no_image"] is None else stored["no_image"]
+                about = check_fields(stored, SourceShares, "examples")
+                arrays: dict[str, Any] = {"blank": take("blank", blanks), "matched": take("matched", blanks, texts)}
+                answers.append(SourceShares(**about, **arrays, neutral=take("neutral", blanks, questions)))
+            checked = check_fields(card, cls)
+            for name in ("blanks", "neutral_questions"):
+                checked[name] = tuple(checked[name])
+            return cls(tuple(answers), **checked)
+
+
+def _spread(values: np.ndarray) -> float:
+    return float(values.std(ddof=1)) if len(values) > 1 else math.nan

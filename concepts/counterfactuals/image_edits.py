@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -22,6 +23,8 @@ BLUR_RADIUS = 5.0
 """Standard deviation of the Gaussian blur in pixels, as in ICT."""
 NOISE_STEP = 500
 """Diffusion step, of 1,000, as in VCD."""
+UNIFORM: Mapping[str, int] = MappingProxyType({"black": 0, "gray": 127, "white": 255})
+"""Edits that replace the image by one color, and its value in all three channels."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,8 @@ class EditedImage:
 
     base: ImageSource
     edit: str
-    """``blank``: the mean color; ``blur``; ``noise``: diffusion noise; ``mask``: the mean color in `box`."""
+    """``blank``: the mean color; ``black``, ``gray``, ``white``: this color; ``blur``; ``noise``: diffusion noise; ``mask``: the
+    mean color in `box`."""
     box: Box | None = None
     """The box to mask, in pixels."""
 
@@ -51,6 +55,8 @@ class EditedImage:
     def load(self) -> Image.Image:
         """Return the edited RGB image."""
         image = self.base.load()
+        if self.edit in UNIFORM:
+            return Image.new("RGB", image.size, (UNIFORM[self.edit],) * 3)
         if self.edit == "blur":
             return image.filter(ImageFilter.GaussianBlur(BLUR_RADIUS))
         pixels = np.asarray(image, dtype=np.float64)

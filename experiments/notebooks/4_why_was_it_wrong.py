@@ -39,8 +39,8 @@ print(
 # %% [markdown]
 # ## Where the truth was lost
 # Probes for every stage are fitted on neutral questions and read on the wrong answers; causal checks test which parts of the
-# model change an answer. It is *overridden by the prior* if the answer for a blank image is the same, else *overridden late*; if
-# no probe can decide, it is *not readable*.
+# model change an answer. It is *overridden by the prior* if the words alone, about blank images, favor the wrong answer,
+# else *overridden late*; if no probe can decide, it is *not readable*.
 
 # %%
 neutral = (examples["split"] == "neutral").to_numpy()
@@ -54,16 +54,18 @@ for number in range(3):
     print(diagnoses.text(number), end="\n\n")
 
 # %% [markdown]
-# ## Image, prompt, or prior?
-# Shapley values divide the log-odds of each wrong answer exactly among image, question, and the answer without either. Bars
-# above 0 favor the wrong answer.
+# ## Image, or words?
+# Four shares sum to the log-odds of the true answer against the wrong one: the lean to an answer whatever is asked, the form of
+# the question, the knowledge about its nouns, and the image. Bars below 0 favor the wrong answer.
 
 # %%
 attributed = [d for d in diagnoses.wrong if d.sources][:12]
 figure, ax = plt.subplots(figsize=(7.5, 3.4), layout="constrained")
-for k, (name, color) in enumerate((("prior", "#b3342d"), ("image", "#2563a8"), ("prompt", "#8a8f98"))):
+for k, (name, color) in enumerate(
+    (("lean", "#8a8f98"), ("form", "#7a4fa3"), ("knowledge", "#b3342d"), ("image", "#2563a8"))
+):
     heights = [d.sources[name] for d in attributed]
-    ax.bar(np.arange(len(attributed)) + 0.27 * (k - 1), heights, width=0.25, color=color, label=name)
+    ax.bar(np.arange(len(attributed)) + 0.2 * (k - 1.5), heights, width=0.18, color=color, label=name)
 ax.axhline(0, color="black", linewidth=0.8)
 ax.set(xlabel="wrong answer", ylabel="share of its log-odds", xticks=range(len(attributed)))
 _ = ax.legend(frameon=False)

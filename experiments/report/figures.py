@@ -36,7 +36,7 @@ TINTS = {
     "moved": GREY,
     "derived": GREY,
 }
-PART_STYLES = {"image": (GREEN, "o"), "prompt": (ORANGE, "D"), "prefix": (PURPLE, "^"), "prior": (GREY, "s")}
+PART_STYLES = {"lean": (GREY, "s"), "form": (PURPLE, "^"), "knowledge": (ORANGE, "D"), "image": (GREEN, "o")}
 """Color and marker of the parts of the input."""
 
 _STYLE: dict[Any, Any] = {

@@ -170,7 +170,7 @@ TABLE: Mapping[str, Stage] = MappingProxyType(
             needs=("examples", "trace"),
             options=_diagnose_options,
             work=_function("diagnose.make_diagnoses"),
-            version=5,
+            version=6,
             check=_function("diagnose.check"),
         ),
         "export": Stage(

@@ -151,7 +151,7 @@ def test_scores_of_a_split_do_not_hold_logits(monkeypatch: pytest.MonkeyPatch) -
         return scores(self, logits)
 
     monkeypatch.setattr(AnswerKey, "scores", counted)
-    input_attribution.split(lvlm, some, neutral_questions={e.id: [e.question] for e in some}, progress=False)
+    input_attribution.split(lvlm, some, matched_texts={e.id: [e.question] for e in some}, progress=False)
     assert set(sizes) == {1}  # one run's logits at a time
 
 

@@ -91,7 +91,7 @@ def test_shares_keep_the_prefix_in_every_run() -> None:
     other = "Is there a dog in the image?"
     question = replace(clean, question="Is there a cat in the image?")
     result = input_attribution.split(
-        lvlm, [question], of="true", neutral_images=["blank"], neutral_questions=[other]
+        lvlm, [question], method="shapley", neutral_images=["blank"], neutral_questions=[other]
     ).examples[0]
 
     def value(image: bool, prompt: bool) -> float:

@@ -20,6 +20,7 @@ from behavior.result import Answer, Cost
 from circuits import HeadScores
 from circuits.head_screening.table import HeadTable
 from circuits.input_attribution.results import ABOUT, Sources, SourceShares
+from circuits.input_attribution.shapley_results import ShapleyShares, ShapleySources
 from circuits.results.graph import Graph, Shape
 from circuits.results.patch_scores import PatchScores
 from diagnosis.results import Diagnoses, Diagnosis, Place, Push, Reading
@@ -73,9 +74,15 @@ def head_table() -> HeadTable:
 
 
 def sources() -> Sources:
+    tables = (np.ones(1), np.ones((1, 2)), np.ones((1, 1)))
+    shares = SourceShares(EXAMPLE, "yes", "no", "no", 1.0, *tables, 0.5, ("a", "b"), 4)
+    return Sources((shares,), "true", ("blank",), ("N/A",), "m", SHA, SHA)
+
+
+def shapley_sources() -> ShapleySources:
     players, masks = ("image", "prompt"), np.array([[0, 0], [1, 1]], bool)
-    shares = SourceShares(EXAMPLE, "yes", "no", players, 1, 1.0, 0.5, ONES, ONES, ONES, 0.0, masks, ONES, 4)
-    return Sources((shares,), "said", ("gray",), "m", SHA, SHA)
+    shares = ShapleyShares(EXAMPLE, "yes", "no", players, 1, 1.0, 0.5, ONES, ONES, ONES, 0.0, masks, ONES, 4)
+    return ShapleySources((shares,), "said", ("gray",), "m", SHA, SHA)
 
 
 def vector() -> SteeringVector:
@@ -101,7 +108,7 @@ def diagnoses() -> Diagnoses:
     place = Place("object x", "vision", "s", "last", 0, 9, 0.9, 0.8, 1.0, 1.0, 0.5, readable=True, chosen=True)
     diagnosis = Diagnosis(
         EXAMPLE, "no", "object:cat", "other", 0.0, stages={"vision": "truth"}, readings=(reading,),
-        pushes=(Push("L0.H0", 0.5),), corrected_by=("L0.H0",), sources={"image": 0.5},
+        pushes=(Push("L0.H0", 0.5),), corrected_by=("L0.H0",), sources={"lean": 0.5},
     )  # fmt: skip
     return Diagnoses((diagnosis,), (place,), "m", SHA, SHA, {"s": 1})
 
@@ -151,7 +158,8 @@ KINDS = {
     "head scores": Kind(saved(head_scores), HeadScores.load, "head_scores"),
     "patch scores": Kind(saved(patch_scores), PatchScores.load, "patch_scores"),
     "head table": Kind(saved(head_table), HeadTable.load, "head_table"),
-    "sources": Kind(saved(sources), Sources.load, "sources"),
+    "source shares": Kind(saved(sources), Sources.load, "source_shares", nullable=("no_image",)),
+    "sources": Kind(saved(shapley_sources), ShapleySources.load, "sources"),
     "vector": Kind(saved(vector), SteeringVector.load, "steering_vector", ignored=("rule", "site")),
     "direction": Kind(saved(direction), ConceptDirection.load, "direction", nullable=("head", "statistics")),
     "graph": Kind(lambda path: graph().save(path, every=False), Graph.load, ignored=("nodes",)),

@@ -132,7 +132,14 @@ def test_wrong_answers_are_diagnosed_and_reported(run: Path) -> None:
     assert misled["share"] > 0.5  # what this model's training made it do
     shares = [o.sources for o in diagnoses.wrong if o.sources]
     assert sum(bool(o.sources) for o in diagnoses.examples) > len(shares)  # some right ones too, to compare with
-    assert all(abs(s["prior"] + s["image"] + s["prompt"] - s["log_odds"]) < 1e-5 for s in shares)
+    assert all(abs(s["lean"] + s["form"] + s["knowledge"] + s["image"] - s["log_odds"]) < 1e-5 for s in shares)
+    words = [
+        o.sources["log_odds"] - o.sources["image"]
+        for o in diagnoses.wrong
+        if o.verdict == "overridden by the prior" and o.sources
+    ]
+    assert words
+    assert max(words) < 0
     text = (run / "report.html").read_text()
     assert "Verdict: overridden by the prior" in text
 
@@ -141,18 +148,20 @@ def test_the_report_shows_the_sources_of_right_and_wrong_answers(run: Path) -> N
     diagnoses = json.loads((run / "diagnosis" / "diagnoses.json").read_text())["diagnoses"]
     split = [diagnosis for diagnosis in diagnoses if diagnosis["sources"]]
     rows = re.findall(
-        r"<tr><td>(\w+): (right|wrong) \((\d+)\)</td><td>([^ ]+) \[[^]]+\]</td><td>([^ ]+)", report_of(run)
+        r"<tr><td>(\w+): (right|wrong) \((\d+)\)</td>" + r"<td>([^ ]+) \[[^]]+\]</td>" * 4, report_of(run)
     )
     assert {"right", "wrong"} == {row[1] for row in rows}
-    for level, side, n, image, prompt in rows:
+    for level, side, n, lean, form, knowledge, image in rows:
         shares = [
             o["sources"] for o in split if o["example"]["level"] == level and bool(o["verdict"]) == (side == "wrong")
         ]
         assert int(n) == len(shares)
-        assert float(image) == pytest.approx(sum(o["image"] for o in shares) / len(shares), abs=0.0051)
-        assert float(prompt) == pytest.approx(sum(o["prompt"] for o in shares) / len(shares), abs=0.0051)
-    attribute = {row[1]: float(row[3]) for row in rows if row[0] == "attribute"}
-    assert attribute["wrong"] < 0 < attribute["right"]  # the image is against what the prior made it say
+        for name, cell in (("lean", lean), ("form", form), ("knowledge", knowledge), ("image", image)):
+            assert float(cell) == pytest.approx(sum(o[name] for o in shares) / len(shares), abs=0.0051)
+    knowledge_of = {row[1]: float(row[5]) for row in rows if row[0] == "attribute"}
+    assert (
+        knowledge_of["wrong"] < 0 < knowledge_of["right"]
+    )  # what the nouns suggest is against the truth of wrong answers
     verdicts = Counter(o["verdict"] for o in diagnoses if o["verdict"] and o["example"]["level"] == "attribute")
     assert f"<td>{', '.join(f'{n} {verdict}' for verdict, n in verdicts.most_common())}</td>" in report_of(run)
 

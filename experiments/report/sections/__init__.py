@@ -42,7 +42,7 @@ SECTIONS: Registry[Section] = Registry(
         "known": Section("Probes", probes_section, ("probe",)),
         "used": Section("Patching", patching_section, ("patch",)),
         "heads": Section("Heads", heads_section, ("patch",)),
-        "sources": Section("Image, prompt, prior", sources_section, ("diagnose",)),
+        "sources": Section("Image and words", sources_section, ("diagnose",)),
         "why": Section("Diagnoses", diagnoses_section, ("diagnose",)),
         "corrected": Section("Correction", correction_section, ("steer", "evaluate", "export")),
         "arena": Section("Arena", arena_section, ("arena",)),

@@ -14,6 +14,7 @@ from diagnosis.results import (
     NOT_SEEN,
     OVERRIDDEN,
     OVERRIDDEN_LATE,
+    SOURCES,
     STAGES,
     UNEXPLAINED,
     VERDICTS,
@@ -23,7 +24,6 @@ from diagnosis.results import (
 )
 from experiments.report import figures
 from experiments.report.html import example_block, figure, missing_illustrations, paragraph, section, table, text
-from experiments.report.sections.sources import PARTS
 from experiments.results.illustrations import Illustration
 from experiments.results.run_files import RunFiles
 from experiments.results.selection import detailed_diagnoses
@@ -35,9 +35,10 @@ MEANINGS: Mapping[str, str] = {
     "lost at the projector": "the vision tower reads the truth; the projector and everything after it do not",
     "not integrated": "image tokens read the truth; the last token, from which the answer is read, does not",
     "overridden by the prior": "the last token reads the truth, and the answer is right without the contributions that push "
-    "another answer (a common offset of such answers, or heads and MLPs); with a blank image the model gives the same wrong "
-    "answer",
-    "overridden late": "the same, but with a blank image the model does not give this answer",
+    "another answer (a common offset of such answers, or heads and MLPs); about blank images the words alone favor the wrong "
+    "answer over the true one, and more than the image does",
+    "overridden late": "the same, but about blank images the words alone favor the true answer, or the wrong one less than "
+    "the image does",
     "not readable": "the deciding stage has no probe of the concept, or a probe that is not accurate enough to show its presence "
     "or absence; nothing is said about what the model encodes there",
     "other": "none of these; the reason is stated",
@@ -225,9 +226,10 @@ def _facts(diagnosis: Diagnosis) -> list[tuple[str, str]]:
         change = f"log-odds {diagnosis.log_odds:+.2f} → {diagnosis.corrected_log_odds:+.2f}"
         facts.append(("corrected without", f"{', '.join(diagnosis.corrected_by)}{offset}: {change}"))
     if diagnosis.sources:
-        parts = [name for name in PARTS if name in diagnosis.sources]
-        shares = ", ".join(f"{name} {diagnosis.sources[name]:+.2f}" for name in parts)
-        facts.append(("log-odds of the answer", f"{diagnosis.sources['log_odds']:+.2f} = {shares}"))
+        shares = ", ".join(f"{name} {diagnosis.sources[name]:+.2f}" for name in SOURCES)
+        facts.append(("log-odds of the true answer", f"{diagnosis.sources['log_odds']:+.2f} = {shares}"))
+        if "no_image" in diagnosis.sources:
+            facts.append(("the same without any image", f"{diagnosis.sources['no_image']:+.2f}"))
     return facts
 
 

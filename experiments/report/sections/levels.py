@@ -38,7 +38,7 @@ def levels_section(run: RunFiles) -> str:
         paragraph(
             "Probes: balanced accuracy on held-out images, at the layer that is best in validation; image tokens are those of "
             "the object in question, or all. Heads: share of the answer that the head restores alone. Sources: log-odds of the "
-            "answer of the model. Each row has a section below.",
+            "true answer against the model's. Each row has a section below.",
             soft=True,
         ),
         stages=("probe", "patch", "diagnose", "evaluate"),

@@ -1,4 +1,4 @@
-"""Sources of answers: Shapley shares of image, prompt and prior, for right and wrong answers."""
+"""Sources of answers: shares of lean, form, knowledge and image in the log-odds, for right and wrong answers."""
 
 from __future__ import annotations
 
@@ -7,27 +7,30 @@ from dataclasses import dataclass
 import numpy as np
 
 from concepts.concept import LEVELS
-from diagnosis.results import Diagnosis
+from diagnosis.results import SOURCES, Diagnosis
 from experiments.report import figures
 from experiments.report.figures import Point
 from experiments.report.html import figure, paragraph, section, table
 from experiments.results.run_files import RunFiles
 from groundscope.core.statistics import cluster_bootstrap
 
-PARTS = ("image", "prompt", "prefix", "prior")
-"""Parts of the input; an answer has shares of its prompt or of its prefix."""
+SPREADS = ("noun_spread", "blank_spread")
 MIN_ANSWERS = 3
 """Smallest number of answers with a mean."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """Mean share of each part over some answers, in natural log-odds of the answer of the model."""
+    """Mean of each share over some answers, in natural log-odds of the true answer against the model's, or the next one."""
 
     level: str
     right: bool
     n: int
     parts: dict[str, Point]
+    no_image: Point | None
+    """Log-odds without any image; None if the model needs an image."""
+    spreads: dict[str, float]
+    """Median standard deviation over nouns, and of the image's share over blank images, where they exist."""
 
     @property
     def name(self) -> str:
@@ -36,51 +39,61 @@ class Share:
 
 
 def shares(run: RunFiles) -> list[Share]:
-    """Return the mean shares for right and wrong answers of each level; empty if no answer was attributed."""
+    """Return the mean shares for right and wrong answers of each level; empty if no answer was split."""
     if run.diagnoses is None:
         return []
     attributed = [d for d in run.diagnoses.examples if d.sources]
-    names = [name for name in PARTS if any(name in d.sources for d in attributed)]
     means = []
     for level in LEVELS:
         for right in (True, False):
             part = [d for d in attributed if d.example["level"] == level and (d.verdict is None) == right]
             if len(part) >= MIN_ANSWERS:
-                means.append(Share(level, right, len(part), {name: _mean(part, name) for name in names}))
+                no_image = _mean(part, "no_image") if all("no_image" in d.sources for d in part) else None
+                values = {name: [d.sources[name] for d in part if name in d.sources] for name in SPREADS}
+                spreads = {name: float(np.median(each)) for name, each in values.items() if each}
+                parts = {name: _mean(part, name) for name in SOURCES}
+                means.append(Share(level, right, len(part), parts, no_image, spreads))
     return means
 
 
 def _mean(diagnoses: list[Diagnosis], part: str) -> Point:
-    values = np.array([d.sources.get(part, 0.0) for d in diagnoses])
+    values = np.array([d.sources[part] for d in diagnoses])
     low, high = cluster_bootstrap(values, [d.example["group"] for d in diagnoses])
     return Point(float(values.mean()), low, high, len(diagnoses))
 
 
 def sources_section(run: RunFiles) -> str:
-    """Return the section; empty if no answer was attributed."""
+    """Return the section; empty if no answer was split."""
     means = shares(run)
     if not means:
         return ""
-    names = list(means[0].parts)
-    lines = {part: [share.parts[part] for share in means] for part in names}
+    lines = {part: [share.parts[part] for share in means] for part in SOURCES}
     rows = [
-        [s.name, *(_text(s.parts[p]) for p in names), f"{sum(s.parts[p].value for p in names):+.2f}"] for s in means
+        [
+            s.name,
+            *(_text(s.parts[p]) for p in SOURCES),
+            f"{sum(s.parts[p].value for p in SOURCES):+.2f}",
+            _text(s.no_image) if s.no_image else "-",
+            *(f"{s.spreads[name]:.2f}" if name in s.spreads else "-" for name in SPREADS),
+        ]
+        for s in means
     ]
     return section(
         "sources",
-        "Image, prompt and prior",
+        "Image and words",
         paragraph(_summary(means)),
         figure(
-            figures.shares(lines, [s.name for s in means], "Shares of image, prompt and prior in the answer"),
-            "Mean Shapley shares of the log-odds of the answer of the model, for right and wrong answers of each level, with "
-            "95 % intervals over images. Right of 0 a part favors the answer, left of 0 it opposes it.",
+            figures.shares(lines, [s.name for s in means], "Shares of words and image in the answer"),
+            "Mean shares of the log-odds of the true answer against the model's (for right answers, against the next one), for "
+            "each level, with 95 % intervals over images. Right of 0 a part favors the true answer, left of 0 it opposes it.",
         ),
-        table(["answers", *names, "log-odds"], rows),
+        table(["answers", *SOURCES, "log-odds", "no image", "sd over nouns", "sd over blank images"], rows),
         paragraph(
-            "The prior is the answer for a blank image and other questions of the same kind. Image and prompt are the changes "
-            "that the real image and question make. An association of words in the question, such as apple and red, is part of "
-            "the prompt. Answers after a prefix that no other question leads to, such as words of captions, have a share of the "
-            "prefix instead of the prompt. The shares sum to the log-odds of the answer.",
+            "Lean: the log-odds for a blank image and a question without content. Form: the change by the question about other "
+            "nouns. Knowledge: the change by its own nouns, such as an association of apple and red. Image: the change by the "
+            "image, with what image and nouns do only together. The shares sum to the log-odds. The log-odds without any image "
+            "are not part of the sum. Standard deviations are medians over answers. Answers after a prefix, such as words of "
+            "captions, have other prefixes in place of other nouns.",
             soft=True,
         ),
         stages=("diagnose",),
@@ -93,15 +106,17 @@ def _text(point: Point) -> str:
 
 
 def _summary(means: list[Share]) -> str:
-    """Return for each level whether the image opposes its wrong answers, and the largest share."""
-    sentences = ["Shapley shares of image, prompt and language prior in the log-odds of each answer."]
+    """Return for each level whether the image favors the truth in its wrong answers, and the share most against it."""
+    sentences = ["Shares of lean, form, knowledge and image in the log-odds of the true answer."]
     for share in means:
         if share.right:
             continue
-        largest = max(share.parts, key=lambda part: share.parts[part].value)
+        worst = min(share.parts, key=lambda part: share.parts[part].value)
         image = share.parts["image"]
-        effect = "opposes them" if image.high < 0 else "favors them" if image.low > 0 else "has no clear effect"
-        cause = "" if largest == "image" else f"; the largest share is the {largest}'s, {_text(share.parts[largest])}"
+        effect = (
+            "opposes the truth" if image.high < 0 else "favors the truth" if image.low > 0 else "has no clear effect"
+        )
+        cause = "" if worst == "image" else f"; most against the truth is the {worst}, {_text(share.parts[worst])}"
         sentences.append(f"In wrong answers about {share.level}s the image {effect}, {_text(image)}{cause}.")
     if len(sentences) == 1:
         sentences.append(f"No level has {MIN_ANSWERS} wrong answers.")
