@@ -7,6 +7,8 @@ Functions, in the order of their use
         Return `Diagnoses`: a verdict for each wrong answer, with its evidence.
     `measure_losses`
         Nats, by two families of readers, of what is lost at the projector.
+    `representation_ceiling`, `regress_correctness`
+        Whether what probes read bounds what the model says.
     `preference_pairs`
         Pairs of the true answer and the answer that overrode it, to tune on (`mitigation.preference`).
     `compare_models`
@@ -31,6 +33,8 @@ Modules, in the order of a diagnosis
         From the state of each stage to a verdict.
     `diagnosis.results`, `diagnosis.narrative`
         Results as tables, files and sentences.
+    `diagnosis.ceiling`, `diagnosis.ceiling_regression`
+        Ceilings of behavior, and regressions of behavior on representation.
     `diagnosis.preference_pairs`
         Verdicts to preference data.
     `diagnosis.comparison`, `diagnosis.compare_models`

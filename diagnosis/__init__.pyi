@@ -1,6 +1,8 @@
 """Public names of `diagnosis`, each with its module."""
 
 from .alignment_ablation import AlignmentAblation, ablate_alignment
+from .ceiling import CeilingCell, Ceilings, ceilings_of_readings, representation_ceiling
+from .ceiling_regression import CorrectnessRegression, regress_correctness
 from .compare_models import compare_models, profile_model
 from .comparison import ModelComparison, ModelProfile, compare_profiles
 from .fit import DirectionSet, exclude_images, fit_directions, select_evenly, training_rows
@@ -11,12 +13,16 @@ from .results import Diagnoses, Diagnosis
 
 __all__ = [
     "AlignmentAblation",
+    "CeilingCell",
+    "Ceilings",
+    "CorrectnessRegression",
     "Diagnoses",
     "Diagnosis",
     "DirectionSet",
     "ModelComparison",
     "ModelProfile",
     "ablate_alignment",
+    "ceilings_of_readings",
     "compare_models",
     "compare_profiles",
     "diagnose",
@@ -25,6 +31,8 @@ __all__ = [
     "measure_losses",
     "preference_pairs",
     "profile_model",
+    "regress_correctness",
+    "representation_ceiling",
     "select_evenly",
     "training_rows",
 ]

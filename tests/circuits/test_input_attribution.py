@@ -93,7 +93,7 @@ class Planted(Lvlm):
         values = super().logits(inputs, *args, **options) * 0.01  # the random model's own shares are small
         tokenizer, yes = self.processor.tokenizer, self.processor.tokenizer.convert_tokens_to_ids("yes")
         for i, ids in enumerate(inputs["input_ids"].tolist()):
-            pixels = inputs["pixel_values"][i] if "pixel_values" in inputs else torch.zeros(3, 1, 1)
+            pixels = inputs["pixel_values"][i] if "pixel_values" in inputs else torch.zeros(3, 2, 2)
             if self.holds(set(tokenizer.convert_ids_to_tokens(ids)), pixels):
                 values[i, yes] += self.nats
         return values
