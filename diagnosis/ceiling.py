@@ -83,7 +83,19 @@ class CeilingCell:
 
 @dataclass(frozen=True, eq=False)
 class Ceilings:
-    """Ceilings of all cells; returned by `representation_ceiling` and `ceilings_of_readings`."""
+    """Ceilings of all cells; returned by `representation_ceiling` and `ceilings_of_readings`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from diagnosis import ceilings_of_readings
+    >>> rng = np.random.default_rng(0)
+    >>> margins, correct = rng.normal(size=(3, 200)) + 1, rng.random(200) < 0.6
+    >>> groups = [f"image {i // 2}" for i in range(200)]
+    >>> ceilings = ceilings_of_readings(margins, correct, groups, ["color"] * 200, ["neutral"] * 200)
+    >>> ceilings.frame()[["concept", "condition", "violated"]].values.tolist()
+    [['color', 'neutral', False]]
+    """
 
     cells: tuple[CeilingCell, ...]
     ids: tuple[str, ...]

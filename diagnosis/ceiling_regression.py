@@ -31,7 +31,20 @@ MIN_ROWS_PER_COLUMN = 5
 
 @dataclass(frozen=True, eq=False)
 class CorrectnessRegression:
-    """Regressions of right answers on scores of the representation, with controls; returned by `regress_correctness`."""
+    """Regressions of right answers on scores of the representation, with controls; returned by `regress_correctness`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from diagnosis import regress_correctness
+    >>> rng = np.random.default_rng(0)
+    >>> margin = rng.normal(size=300)
+    >>> correct = rng.random(300) < 1 / (1 + np.exp(-margin))
+    >>> images = [f"image {i // 2}" for i in range(300)]
+    >>> result = regress_correctness(correct, {"probe": margin}, images, resamples=50, progress=False)
+    >>> result.n, result.groups, list(result.odds_ratios), result.auc > 0.5
+    (300, 150, ['probe'], True)
+    """
 
     odds_ratios: Mapping[str, Estimate]
     """By score: factor of the odds of a right answer for one standard deviation more."""

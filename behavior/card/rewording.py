@@ -48,11 +48,12 @@ class Rewording:
 
     Examples
     --------
+    >>> from dataclasses import replace
     >>> import groundscope as gs
     >>> from behavior.card import REWORDINGS
-    >>> example = next(e for e in gs.scenes.dataset(10) if e.kind == "existence")
-    >>> example.question, REWORDINGS["contain"].make(example).question
-    ('Is there an umbrella in the image?', 'Does the image contain an umbrella?')
+    >>> example = replace(gs.scenes.dataset(10)[0], question="Is there an umbrella in the image?")
+    >>> REWORDINGS["contain"].make(example).question
+    'Does the image contain an umbrella?'
     """
 
     kind: str

@@ -68,7 +68,7 @@ def caption_fit(
     >>> import groundscope as gs
     >>> from behavior.data_audit import caption_fit
     >>> from dataclasses import replace
-    >>> model, data = gs.load_lvlm("tiny"), gs.scenes.dataset(10).filter(lambda e: e.kind == "caption")[:2]
+    >>> model, data = gs.load_lvlm("tiny"), gs.scenes.dataset(20).filter(lambda e: e.kind == "caption")
     >>> written = gs.answer(model, data).texts  # its own captions fit
     >>> captions = gs.ConceptDataset("captions", tuple(replace(e, answer=written[e.id]) for e in data))
     >>> all(value > 0 for value in caption_fit(model, captions).values())
