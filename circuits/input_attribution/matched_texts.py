@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from concepts.noun_replacement import nouns_of, replace_nouns
-from concepts.schema import Example
+from concepts.schema import Example, Level
 from lvlm.model import Lvlm
 
 MATCHED = 8
@@ -47,12 +47,13 @@ def matched_questions(
     """
     pool = tuple(examples if among is None else among)
     nouns = nouns_of(pool)
-    of_kind: dict[tuple[str, str, tuple[str, ...]], dict[str, None]] = {}
+    of_kind: dict[tuple[Level | None, str, tuple[str, ...]], dict[str, None]] = {}
     for e in pool:
         of_kind.setdefault((e.level, e.kind, e.candidates), {})[e.question] = None
     matched: dict[str, tuple[str, ...]] = {}
     for i, e in enumerate(examples):
-        texts = replace_nouns(e.question, e.level, nouns, count=_CANDIDATES, seed=[seed, i])
+        # Without a level the one noun of the question is replaced, as for a question about an object.
+        texts = replace_nouns(e.question, e.level or "object", nouns, count=_CANDIDATES, seed=[seed, i])
         if not texts:
             texts = _sample(of_kind.get((e.level, e.kind, e.candidates), {}), e.question, [seed, i])
         lengths = {text: _length(model, replace(e, question=text)) for text in (e.question, *texts)}
@@ -79,7 +80,7 @@ def matched_prefixes(
     [('a blue',), ('a red',)]
     """
     pool = tuple(examples if among is None else among)
-    of_kind: dict[tuple[str, str], dict[str, None]] = {}
+    of_kind: dict[tuple[Level | None, str], dict[str, None]] = {}
     for e in pool:
         if e.prefix:
             of_kind.setdefault((e.level, e.kind), {})[e.prefix] = None

@@ -72,8 +72,9 @@ def test_a_leak_violates_the_ceiling_of_its_cell_only() -> None:
     assert all(cell.q >= cell.p for cell in result.cells)
     layer = [int(leak.layers[f][1]) for f in folds_of(np.array(groups), 5, 0)[400:600]]
     np.testing.assert_array_equal(result.margins[400:600], margins[layer, np.arange(400, 600)])
-    axes = result.plot()
-    assert len(axes.get_legend().get_texts()) == 5
+    legend = result.plot().get_legend()
+    assert legend is not None
+    assert len(legend.get_texts()) == 5
     plt.close("all")
     assert result.frame()["violated"].sum() == 1
 
