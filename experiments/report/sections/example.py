@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from concepts.nouns import article
@@ -42,10 +44,10 @@ def example_section(run: RunFiles) -> str:
     parts = [
         missing_illustrations(illustrations, run, "evaluate"),
         example_block(facts, illustration, f"Scene with {article(true)} {true} {thing.noun}"),
-        paragraph(_summary(readings, true, prior)),
+        paragraph(summarize_margins(readings, true, prior)),
     ]
     if readings:
-        places = [f"{r.place}{' (last token)' if r.tokens == 'last' else ''}" for r in readings]
+        places = [_place(r) for r in readings]
         lines = {color: [_margin(r, color) for r in readings] for color in (true, prior)}
         parts.append(
             figure(
@@ -65,11 +67,15 @@ def _margin(reading: ColorMargins, color: str) -> float:
     return float(reading.margins[0, reading.colors.index(color)])
 
 
-def _summary(readings: list[ColorMargins], true: str, prior: str) -> str:
-    """Return a sentence about the places at which probes read the true color."""
+def _place(reading: ColorMargins) -> str:
+    return f"{reading.place} (last token)" if reading.tokens == "last" else reading.place
+
+
+def summarize_margins(readings: Sequence[ColorMargins], true: str, prior: str) -> str:
+    """Return a sentence about the places at which probes read the true color, with the names of the figure's axis."""
     if not readings:
         return "Not every color has a probe, so the color cannot be followed through the model."
-    other = [r.place for r in readings if _margin(r, true) <= _margin(r, prior)]
+    other = [_place(r) for r in readings if _margin(r, true) <= _margin(r, prior)]
     count = f"Probes read {true} rather than {prior} at {len(readings) - len(other)} of {format_count(len(readings), 'place')}"
     if not other:
         return f"{count}: the color is decodable everywhere, yet the answer is {prior}."
