@@ -24,8 +24,8 @@ class AnswerJournal:
     >>> from pathlib import Path
     >>> from behavior.benchmarks.answer_journal import AnswerJournal
     >>> path = Path(tempfile.mkdtemp()) / "answers.asked.jsonl"
-    >>> AnswerJournal.open(path, {"model": "tiny"}).add({"q1": "yes"}, seconds=0.5, forwards=2)
-    >>> AnswerJournal.open(path, {"model": "tiny"}).texts
+    >>> AnswerJournal.resume(path, {"model": "tiny"}).add({"q1": "yes"}, seconds=0.5, forwards=2)
+    >>> AnswerJournal.resume(path, {"model": "tiny"}).texts
     {'q1': 'yes'}
     """
 
@@ -36,7 +36,7 @@ class AnswerJournal:
     forwards: int = 0
 
     @classmethod
-    def open(cls, path: Path, identity: Mapping[str, Any]) -> AnswerJournal:
+    def resume(cls, path: Path, identity: Mapping[str, Any]) -> AnswerJournal:
         """Return the journal of a file, which is created if it does not exist; an incomplete last line is removed.
 
         Raises

@@ -262,7 +262,7 @@ def ask(
     journal_path = path.with_name(f"{stem}.asked.jsonl")
     refuse = f"'{journal_path}' is being written by another process; wait until it ends, or choose another answer file"
     with lock(path.with_name(f".{stem}.asked.lock"), refuse=lambda _: refuse, transient=True):
-        journal = AnswerJournal.open(journal_path, identity)
+        journal = AnswerJournal.resume(journal_path, identity)
         reused = len(journal.texts)
         context = nullcontext() if mitigation is None else mitigation.applied(model)
         with context:
