@@ -42,7 +42,7 @@ def nouns_of(examples: Iterable[Example]) -> tuple[str, ...]:
 def replace_nouns(
     question: str, level: Level, nouns: Iterable[str], *, count: int, seed: int | list[int] = 0
 ) -> tuple[str, ...]:
-    """Return a question with other nouns in place of its own.
+    """Return a question with its nouns replaced by others.
 
     One noun is replaced in questions about objects (the noun of an existence question, otherwise the longest) and attributes
     (the first), and two in questions about relations. The other nouns have the same grammatical number and name other objects
@@ -94,10 +94,10 @@ def replace_nouns(
 
 def _spans(question: str, level: Level, lexicon: list[str]) -> list[tuple[int, int]]:
     """Return where the nouns that a question is about begin and end, in its order; empty if there are too few."""
-    asked = asked_noun(question)
-    if level == "object" and asked is not None:
-        start = question.index(asked)
-        return [(start, start + len(asked))]
+    noun = asked_noun(question)
+    if level == "object" and noun is not None:
+        start = question.index(noun)
+        return [(start, start + len(noun))]
     matches = list(_matches(question, frozenset(lexicon)))
     if level == "object":
         matches.sort(key=lambda span: span[0] - span[1])  # the longest first

@@ -206,28 +206,28 @@ def representation_ceiling(
     conditions = np.array([str(v) for v in columns["split"]]) if condition == "split" else np.full(len(truth), "all")
     if sites is None:
         sites = [(f"decoder.L{layer}.resid_post", "last") for layer in _layers(store)]
-    known = np.flatnonzero(~np.isnan(correct))
-    _check_folds(concepts[known], truth[known], groups[known], folds)
+    answered = np.flatnonzero(~np.isnan(correct))
+    _check_folds(concepts[answered], truth[answered], groups[answered], folds)
     fold_of = np.zeros(len(truth), int)
-    fold_of[known] = folds_of(groups[known], folds, seed)
+    fold_of[answered] = folds_of(groups[answered], folds, seed)
     margins = np.full((len(sites), len(truth)), np.nan)
     with progress_bar(progress) as bar:
         task = bar.add_task("fitting probes for ceilings", total=len(sites))
         for i, (site, tokens) in enumerate(sites):
             x = store.read(site, tokens).astype(np.float64)
-            for name in dict.fromkeys(concepts[known]):
-                rows = known[(concepts[known] == name) & ~np.isnan(x[known]).any(axis=1)]
+            for name in dict.fromkeys(concepts[answered]):
+                rows = answered[(concepts[answered] == name) & ~np.isnan(x[answered]).any(axis=1)]
                 margins[i, rows] = cross_fitted_margins(x[rows], truth[rows], fold_of[rows], C=C)
             bar.advance(task)
     names = tuple(f"{site} at {tokens}" for site, tokens in sites)
     return ceilings_of_readings(
-        margins[:, known],
-        correct[known].astype(bool),
-        groups[known],
-        concepts[known],
-        conditions[known],
+        margins[:, answered],
+        correct[answered].astype(bool),
+        groups[answered],
+        concepts[answered],
+        conditions[answered],
         layers=names,
-        ids=tuple(str(v) for v in np.asarray(columns["id"])[known]),
+        ids=tuple(str(v) for v in np.asarray(columns["id"])[answered]),
         folds=folds,
         resamples=resamples,
         confidence=confidence,

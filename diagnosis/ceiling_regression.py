@@ -128,18 +128,18 @@ def regress_correctness(
     >>> result.odds_ratios["probe"].low > 1, result.difference.low > 0
     (True, True)
     """
-    said = np.asarray(correct, bool)
+    is_right = np.asarray(correct, bool)
     names = np.asarray(groups).astype(str)
     tables = {name: np.atleast_2d(np.asarray(values, np.float64)) for name, values in scores.items()}
-    control = _columns(controls or {}, len(said))
+    control = _columns(controls or {}, len(is_right))
     margin = None if margins is None else np.asarray(margins, np.float64)
-    _check(said, tables, names, control, margin, quantile, folds, resamples, confidence)
+    _check(is_right, tables, names, control, margin, quantile, folds, resamples, confidence)
     unique, group = np.unique(names, return_inverse=True)
     fold_of = folds_of(names, folds, seed)
 
     def measure(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, float, dict[str, tuple[int, ...]]] | None:
         """Return ratios, slopes, both AUC and layers for some rows, with repeats; None if a class is missing."""
-        y, fold = said[rows], fold_of[rows]
+        y, fold = is_right[rows], fold_of[rows]
         if any(len(set(y[fold != f])) < 2 for f in range(folds)) or len(set(y)) < 2:
             return None
         layers = {name: _best_layers(table[:, rows], y, fold, folds) for name, table in tables.items()}
@@ -150,10 +150,16 @@ def regress_correctness(
         if margin is not None:
             fit = QuantileRegressor(quantile=quantile, alpha=0.0, solver="highs").fit(both, margin[rows])
             slopes = np.asarray(fit.coef_)[: len(tables)]
-        held = {n: _held_out(x, y, fold, folds) for n, x in (("both", both), ("alone", alone))}
-        return ratios, slopes, float(roc_auc_score(y, held["both"])), _auc(y, held["alone"]), layers
+        scores_held_out = {n: _held_out(x, y, fold, folds) for n, x in (("both", both), ("alone", alone))}
+        return (
+            ratios,
+            slopes,
+            float(roc_auc_score(y, scores_held_out["both"])),
+            _auc(y, scores_held_out["alone"]),
+            layers,
+        )
 
-    whole = measure(np.arange(len(said)))
+    whole = measure(np.arange(len(is_right)))
     if whole is None:
         msg = "all answers outside of one fold are right, or all wrong; use fewer folds, or more rows"
         raise DataError(msg)
@@ -163,8 +169,8 @@ def regress_correctness(
     with progress_bar(progress) as bar:
         task = bar.add_task("bootstrap of regressions", total=resamples)
         for _ in range(resamples):
-            drawn = np.concatenate([members[g] for g in rng.integers(len(unique), size=len(unique))])
-            result = measure(drawn)
+            draw_rows = np.concatenate([members[g] for g in rng.integers(len(unique), size=len(unique))])
+            result = measure(draw_rows)
             if result is not None:
                 draws.append(np.concatenate([result[0], result[1], [result[2] - result[3]]]))
             bar.advance(task)
@@ -173,7 +179,7 @@ def regress_correctness(
     ends = np.percentile(table, [tail, 100 - tail], axis=0)
 
     def effect(value: float, column: int) -> Estimate:
-        return Estimate(float(value), float(ends[0, column]), float(ends[1, column]), len(said), few)
+        return Estimate(float(value), float(ends[0, column]), float(ends[1, column]), len(is_right), few)
 
     k = len(tables)
     return CorrectnessRegression(
@@ -184,7 +190,7 @@ def regress_correctness(
         effect(whole[2] - whole[3], table.shape[1] - 1),
         quantile,
         {name: at for name, at in whole[4].items() if len(tables[name]) > 1},
-        len(said),
+        len(is_right),
         len(unique),
     )
 
@@ -239,7 +245,7 @@ def _columns(controls: Mapping[str, np.ndarray | Sequence[str]], n: int) -> np.n
 
 
 def _check(
-    said: np.ndarray,
+    is_right: np.ndarray,
     tables: Mapping[str, np.ndarray],
     groups: np.ndarray,
     control: np.ndarray,
@@ -255,7 +261,7 @@ def _check(
     if not tables:
         msg = "scores is empty; pass at least one score of the representation"
         raise DataError(msg)
-    n = len(said)
+    n = len(is_right)
     sizes = {**{f"score '{k}'": v.shape[-1] for k, v in tables.items()}, "groups": len(groups)}
     sizes |= {} if margin is None else {"margins": len(margin)}
     if wrong := next((f"{name} has {size}" for name, size in sizes.items() if size != n), None):
@@ -265,7 +271,7 @@ def _check(
         if not np.isfinite(values).all():
             msg = f"'{name}' has values that are not finite; leave such rows out"
             raise DataError(msg)
-    rare = int(min(said.sum(), n - said.sum()))
+    rare = int(min(is_right.sum(), n - is_right.sum()))
     needed = MIN_ROWS_PER_COLUMN * (len(tables) + control.shape[1])
     if rare < needed:
         what = "all answers are right, or all wrong" if not rare else f"{format_count(rare, 'row')} of the rarer class"

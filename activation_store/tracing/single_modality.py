@@ -59,7 +59,7 @@ def select_modality(
         return replace(data, examples=tuple(replace(e, **empty) for e in data))
     place = next((s for s in sites if parse_component(str(s))[0] != "decoder"), None)
     if place is not None:
-        msg = f"input='text': '{place}' reads images, and there is none; use sites of the decoder"
+        msg = f"input='text': '{place}' reads images, which input='text' leaves out; use sites of the decoder"
         raise SiteError(msg)
     if not runs_without_image(model) or any(model.head_site(layer).cross for layer in range(model.n_layers)):
         msg = (

@@ -62,8 +62,8 @@ class AnswerJournal:
             msg = f"'{path}' is not a journal of answers, or is damaged; delete it, or choose another answer file"
             raise DataError(msg) from error
         if recorded != head["identity"]:
-            wanted = head["identity"]
-            other = [n for n in dict.fromkeys((*wanted, *(recorded or ()))) if wanted.get(n) != (recorded or {}).get(n)]
+            stored = head["identity"]
+            other = [n for n in dict.fromkeys((*stored, *(recorded or ()))) if stored.get(n) != (recorded or {}).get(n)]
             msg = (
                 f"'{path}' has answers with another {', '.join(other)}; choose another answer file, or delete the journal to "
                 "ask again"

@@ -89,6 +89,12 @@ class AskedBenchmark:
 
     __repr__ = short_repr
 
+    @property
+    def other_files(self) -> Mapping[str, Path]:
+        """The files of the benchmark, without questions that the answer file repeats."""
+        repeated = BENCHMARKS[self.benchmark].answers_hold_questions
+        return {name: path for name, path in self.files.items() if not (repeated and name == QUESTIONS)}
+
     def score(
         self,
         *,
@@ -104,12 +110,10 @@ class AskedBenchmark:
         ConfigError, DataError
             As `score_files`.
         """
-        held = BENCHMARKS[self.benchmark].answers_hold_questions
-        files = {name: path for name, path in self.files.items() if not (held and name == QUESTIONS)}
         score = score_files(
             self.benchmark,
             self.path,
-            files=files,
+            files=self.other_files,
             verdicts=verdicts,
             variant=variant,
             functions=functions,
@@ -202,7 +206,7 @@ def ask(
     name
         An entry of `BENCHMARKS`.
     answers
-        The answer file to write; for MME a folder. Next to it, ``<name>.asked.jsonl`` records the answers as they are written:
+        The answer file to write; for MME a folder. Next to it, ``<name>.asked.jsonl`` records each answer when it is written:
         a call with the same model, questions and settings asks only what is missing there.
     images, files, limit, prompt, suffix
         As for `benchmark_data`.

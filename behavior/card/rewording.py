@@ -207,13 +207,13 @@ def reword(
     names = list(REWORDINGS.usable()) if rules is None else list(rules)
     check_rules(names)
     first = {a.id: a for a in answers.answers if a.correct is not None}
-    asked = [e for e in data if e.candidates and e.id in first]
+    questions = [e for e in data if e.candidates and e.id in first]
     changed: dict[str, dict[str, bool]] = {}
     results: dict[str, BehaviorResult] = {}
     left_out: dict[str, str] = {}
     for name in names:
         rule = REWORDINGS[name]
-        examples = tuple(x for e in asked if (x := rule.make(e)) is not None)
+        examples = tuple(x for e in questions if (x := rule.make(e)) is not None)
         if not examples:
             continue
         reason = None if rule.generate else _unknown_candidate(model, examples)
@@ -232,10 +232,10 @@ def reword(
     rates: dict[str, Estimate] = {}
     for kind in KINDS:
         own = [changed[name] for name in changed if REWORDINGS[name].kind == kind]
-        ids = [e for e in asked if any(e.id in values for values in own)]
+        ids = [e for e in questions if any(e.id in values for values in own)]
         if ids:
             rates[kind] = share([any(v.get(e.id, False) for v in own) for e in ids], [e.group for e in ids])
-    group_of = {e.id: e.group for e in asked}
+    group_of = {e.id: e.group for e in questions}
     rates |= {name: share(list(v.values()), [group_of[i] for i in v]) for name, v in changed.items()}
     return RewordedAnswers(rates, results, left_out)
 

@@ -94,22 +94,22 @@ def caption_fit(
         own = audited.image_of[example.id]
         elsewhere = [image for image in images if image != own]
         for image in (own, *chance.sample(elsewhere, min(others, len(elsewhere)))):
-            asked = _request(example, images[image], prompt, f"{number}/{image}")
-            rows.append((number, asked, answer_tokens(model, asked, text)))
+            request = _request(example, images[image], prompt, f"{number}/{image}")
+            rows.append((number, request, answer_tokens(model, request, text)))
     log_p: dict[int, list[float]] = {}
     with display(show=progress) as bar:
         task = bar.add_task("scoring captions", total=len(rows))
         values: dict[int, float] = {}
-        for batch in model.batches([asked for _, asked, _ in rows], batch_size, in_order=False):
+        for batch in model.batches([request for _, request, _ in rows], batch_size, in_order=False):
             result = answer_log_probabilities(model, batch, [rows[i][2] for i in batch.index]).tolist()
             values.update(zip(batch.index, result, strict=True))
             bar.advance(task, len(batch.index))
         for i, (number, _, _) in enumerate(rows):
             log_p.setdefault(number, []).append(values[i])
     fit: dict[str, float] = {}
-    for number, (own, *rest) in log_p.items():
+    for number, (own, *other_values) in log_p.items():
         name = captions[number][0].id
-        fit[name] = min(fit.get(name, float("inf")), own - sum(rest) / len(rest))
+        fit[name] = min(fit.get(name, float("inf")), own - sum(other_values) / len(other_values))
     return fit
 
 

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from circuits.input_attribution.group_summary import ABOUT, summarize
 from groundscope.core import artifacts
-from groundscope.core.errors import ConfigError, StoreError
+from groundscope.core.errors import StoreError
 from groundscope.core.result_fields import building, check_fields
 from groundscope.core.short_repr import short_repr
-from groundscope.core.statistics import cluster_bootstrap
-from groundscope.core.text import nearest
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
 VERSION = 1
 _KIND = "source_shares"
 _ARRAYS = ("blank", "matched", "neutral")
-ABOUT = ("id", "group", "level", "split", "kind", "question", "truth")
-BY = ("level", "split", "kind", "said_true")
 SHARES = ("lean", "form", "knowledge", "image")
 """The shares, in the order in which the input is completed."""
 PARTS = (*SHARES, "log_odds")
@@ -204,27 +201,7 @@ class Sources:
         ConfigError
             If a column is unknown.
         """
-        import pandas as pd
-
-        unknown = [name for name in by if name not in BY]
-        if unknown:
-            msg = f"unknown column '{unknown[0]}' in by; choose from {', '.join(BY)}{nearest(unknown[0], BY)}"
-            raise ConfigError(msg)
-        members: dict[tuple[str, ...], list[SourceShares]] = {}
-        for answer in self.examples:
-            about = {**answer.example, "said_true": "yes" if answer.correct else "no"}
-            members.setdefault(tuple(about[name] for name in by), []).append(answer)
-        rows = []
-        for key, answers in sorted(members.items()):
-            groups = [answer.example["group"] for answer in answers]
-            for part in PARTS:
-                values = np.array([getattr(answer, part) for answer in answers])
-                low, high = cluster_bootstrap(values, groups, resamples=resamples, seed=seed)
-                if len(set(groups)) < 2:
-                    low, high = math.nan, math.nan
-                ends = {"n": len(answers), "mean": values.mean(), "low": low, "high": high}
-                rows.append({**dict(zip(by, key, strict=True)), "part": part, **ends})
-        return pd.DataFrame(rows)
+        return summarize(self.examples, PARTS, by, resamples=resamples, seed=seed)
 
     def save(self, path: str | Path) -> Path:
         """Write one ``.safetensors`` file with the log-odds of every run; raise `StoreError` if it cannot be written."""

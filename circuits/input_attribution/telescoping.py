@@ -121,12 +121,12 @@ def split_by_completion(
                         for name, rows in inputs.items()
                     }
                 )
-            known = set(scores.values)
+            identities = set(scores.values)
             own_runs = []
             for table in tables:
                 needed = {run.id: run for rows in table.values() for row in rows for run in row}
-                own_runs.append([run for identity, run in needed.items() if identity not in known])
-                known.update(needed)
+                own_runs.append([run for identity, run in needed.items() if identity not in identities])
+                identities.update(needed)
             scores.add([run for runs in own_runs for run in runs])
             for example, table, runs in zip(chunk, tables, own_runs, strict=True):
                 results.append(_shares(example, table, scores, of, matched[example.id], len(runs)))

@@ -9,7 +9,6 @@ from typing import Any
 
 from behavior.benchmarks import BENCHMARKS, BenchmarkScore, ask, benchmark_data, score_files, write_requests
 from behavior.benchmarks.asking import PROMPT
-from behavior.benchmarks.specification import QUESTIONS
 from experiments.run.context import Context
 from groundscope.core.errors import ConfigError
 from groundscope.core.text import nearest
@@ -100,7 +99,7 @@ def ask_model(context: Context, root: Path) -> tuple[Scores, list[str]]:
         stem = re.sub(r"[^\w.-]+", "-", f"{label}-{model_name}").strip("-.")
         answers = Path(str(entry.get("answers") or root / ASKED / f"{stem}.jsonl"))
         mitigation = named_mitigation(str(entry["mitigation"]), context.model) if entry.get("mitigation") else None
-        asked = ask(
+        answered = ask(
             context.model,
             name,
             answers.with_suffix("") if name == "mme" and not entry.get("answers") else answers,
@@ -113,12 +112,10 @@ def ask_model(context: Context, root: Path) -> tuple[Scores, list[str]]:
         )
         if _waits(entry):
             requests = root / ASKED / f"{stem}.requests.json"
-            held = BENCHMARKS[name].answers_hold_questions
-            others = {role: path for role, path in files.items() if not (held and role == QUESTIONS)}
-            write_requests(name, requests, asked.path, files=others)
+            write_requests(name, requests, answered.path, files=answered.other_files)
             waiting.append(f"{label}, {model_name}: give a judge '{requests}', and its verdicts as verdicts=FILE")
             continue
-        scores.setdefault(model_name, {})[label] = asked.score(
+        scores.setdefault(model_name, {})[label] = answered.score(
             verdicts=entry.get("verdicts"), variant=entry.get("variant"), by_place=bool(entry.get("by_place"))
         )
     return scores, waiting

@@ -198,11 +198,11 @@ def mir(
     >>> len(rate.distances), rate.image_tokens
     (6, 588)
     """
-    seen = row_input(store)
-    if seen != "both":
+    modality = row_input(store)
+    if modality != "both":
         msg = (
-            f"MIR compares image and text tokens of one sequence, and these rows have seen {describe_input(seen)}; trace with "
-            "input='both'"
+            f"MIR compares image and text tokens of one sequence, and these rows have seen {describe_input(modality)}; trace "
+            "with input='both'"
         )
         raise ProbeError(msg)
     arrays = [find_array(store, site, tokens, heads=False) for tokens in (image, text)]
@@ -213,7 +213,7 @@ def mir(
     rng = np.random.default_rng(seed)
     draws = [rng.integers(len(groups), size=len(groups)) for _ in range(resamples)]
     layers = tuple(layer for layer in arrays[0].layers if layer in arrays[1].layers)
-    distances, drawn, counts = [], np.zeros(resamples), (0, 0)
+    distances, distance_draws, counts = [], np.zeros(resamples), (0, 0)
     for layer in layers:
         place = arrays[0].site(layer)
         parts = [store.ragged(place, array.tokens, examples=used) for array in arrays]
@@ -231,9 +231,9 @@ def mir(
         for b, draw in enumerate(draws):
             chosen = np.concatenate([by_image[g] for g in draw])
             v, t = (np.concatenate([part[i] for i in chosen]) for part in parts)
-            drawn[b] += frechet_distance(v, t, variant)
+            distance_draws[b] += frechet_distance(v, t, variant)
     value = mir_of(distances)
-    low, high = centered_interval(np.log10(drawn), value, len(groups), confidence)
+    low, high = centered_interval(np.log10(distance_draws), value, len(groups), confidence)
     return IntegrationRate(value, low, high, layers, tuple(distances), *counts, len(groups), variant)
 
 

@@ -53,7 +53,7 @@ class LayerAlignment:
     """Interval of the modality gap [places, outputs], NaN for the others."""
     scores: Mapping[str, np.ndarray]
     """Scores of each example, float32 [places, N], by measure: ``cosine``, ``mutual_knn`` (share of neighbors in common), and
-    ``retrieval`` (rank of its own image among all images, from 1); NaN for captions after an image's first where it uses one."""
+    ``retrieval`` (rank of the image that it belongs to, from 1); NaN for captions after an image's first where it uses one."""
     ids: tuple[str, ...]
     groups: tuple[str, ...]
     """Image of each example."""
@@ -92,7 +92,7 @@ class LayerAlignment:
     def best(self) -> pd.DataFrame:
         """Return for each value that has a null its place of the largest value, with p that includes this choice.
 
-        ``baseline`` is the mean over permutations of the largest value over places, chosen anew in each.
+        ``baseline`` is the mean over permutations of the largest value over places, chosen again in each.
         """
         import pandas as pd
 

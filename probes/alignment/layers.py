@@ -74,11 +74,12 @@ def measure_layers(
     k, clamp
         Neighbors, and the quantile at which rows are clamped before they are searched.
     variant
-        ``layer``: rows of neighbors are clamped at a limit of their layer, and CKA reads rows as they are. ``release``: as in
+        ``layer``: rows of neighbors are clamped at a limit of their layer, and CKA reads rows without a limit. ``release``: as in
         the code of Huh et al., the limit is one of all layers, and CKA reads clamped rows of unit length too.
     joint
         Accept rows that have seen both modalities; without `texts`, the text tokens of the same prompts. The result measures
-        how much a prompt mixes its image with its text (or, with one blank image, what the questions share), and says so.
+        how much a prompt mixes its image with its text (or, with one blank image, what the questions share); its `rows` is
+        ``joint``.
     rows
         Boolean mask over the examples of `images`.
     limit
@@ -139,7 +140,7 @@ def measure_layers(
     forms = [replace(settings, limit=side.limit(clamp)) if variant == "release" else settings for side in sides]
     outputs = tuple((name, output) for name, measure in chosen.items() for output in measure.names(name))
     places: list[tuple[int, int, int | None]] = []
-    drawn: list[list[Draws]] = []
+    draws_by_place: list[list[Draws]] = []
     examples: dict[str, list[np.ndarray]] = {name: [] for name, m in chosen.items() if m.examples is not None}
 
     def prepare(side: _Side, form: Settings, layer: int) -> list[dict[str, Any]]:
@@ -157,11 +158,11 @@ def measure_layers(
             against = texts_at[b] if pairs == "all" else prepare(sides[1], forms[1], b)
             for head, x, y in zip(arrays[0].head_numbers, done[1], against, strict=True):
                 places.append((a, b, head if heads else None))
-                drawn.append([])
+                draws_by_place.append([])
                 for name, measure in chosen.items():
                     comparable = equal or not measure.equal_width
                     count = len(measure.names(name))
-                    drawn[-1].append(
+                    draws_by_place[-1].append(
                         draw_values(measure, x[name], y[name], of, test)
                         if comparable
                         else _undefined(count, permutations)
@@ -175,10 +176,10 @@ def measure_layers(
     return LayerAlignment(
         tuple(places),
         outputs,
-        np.array([np.concatenate([d.values for d in row]) for row in drawn]),
-        np.stack([np.concatenate([_filled(d, permutations) for d in row], axis=1) for row in drawn], axis=1),
-        np.array([np.concatenate([d.low for d in row]) for row in drawn]),
-        np.array([np.concatenate([d.high for d in row]) for row in drawn]),
+        np.array([np.concatenate([d.values for d in row]) for row in draws_by_place]),
+        np.stack([np.concatenate([_filled(d, permutations) for d in row], axis=1) for row in draws_by_place], axis=1),
+        np.array([np.concatenate([d.low for d in row]) for row in draws_by_place]),
+        np.array([np.concatenate([d.high for d in row]) for row in draws_by_place]),
         {name: np.array(scores) for name, scores in examples.items()},
         tuple(ids.tolist()),
         tuple(groups.tolist()),
@@ -192,16 +193,16 @@ def check_inputs(images: ActivationSource, texts: ActivationSource | None, stack
 
     Sites of the vision tower have seen no text in any prompt.
     """
-    seen = row_input(images), row_input(images if texts is None else texts)
-    if seen[0] == "text" or seen[1] == "image":
+    modalities = row_input(images), row_input(images if texts is None else texts)
+    if modalities[0] == "text" or modalities[1] == "image":
         msg = (
-            f"the rows of the images have seen {describe_input(seen[0])}, those of the texts {describe_input(seen[1])}; give the "
-            "store traced with input='image' first, then that with input='text'"
+            f"the rows of the images have seen {describe_input(modalities[0])}, those of the texts "
+            f"{describe_input(modalities[1])}; give the store traced with input='image' first, then that with input='text'"
         )
         raise ProbeError(msg)
-    alone = (seen[0] == "image" or stack == "vision") and seen[1] == "text"
+    alone = (modalities[0] == "image" or stack == "vision") and modalities[1] == "text"
     if not alone and not joint:
-        which = "images" if seen[1] == "text" else "texts"
+        which = "images" if modalities[1] == "text" else "texts"
         msg = (
             f"the rows of the {which} have seen image and text: alignment compares an image alone with a text alone, so trace "
             "the same examples with input='image' and with input='text'; or set joint=True to measure how a prompt mixes both"

@@ -34,9 +34,9 @@ class RetrievalRanks:
     """
 
     image_to_text: np.ndarray
-    """int64 [G]: for each image, the rank of the nearest of its own captions among all captions."""
+    """int64 [G]: for each image, the rank of its nearest caption among all captions."""
     text_to_image: np.ndarray
-    """int64 [N]: for each caption, the rank of its own image among all images."""
+    """int64 [N]: for each caption, the rank of its image among all images."""
 
     __repr__ = short_repr
 

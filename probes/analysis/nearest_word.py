@@ -235,23 +235,23 @@ def predict_wrong_answers(
     """
     import pandas as pd
 
-    right, said = (np.array([str(word) for word in words], dtype=np.str_) for words in (truth, answers))
-    if not len(right) == len(said) == len(scores.ids):
+    right, answer_words = (np.array([str(word) for word in words], dtype=np.str_) for words in (truth, answers))
+    if not len(right) == len(answer_words) == len(scores.ids):
         msg = (
-            f"{len(right)} right words and {len(said)} answers for {format_count(len(scores.ids), 'row')}; give one of each for "
-            "every row"
+            f"{len(right)} right words and {len(answer_words)} answers for {format_count(len(scores.ids), 'row')}; give "
+            "one of each for every row"
         )
         raise ProbeError(msg)
     words = np.array(scores.words)
-    known = np.isin(right, words)
-    if not known.any():
+    has_word = np.isin(right, words)
+    if not has_word.any():
         msg = f"no right word is among {', '.join(scores.words)}{nearest(str(right[0]) if len(right) else '', scores.words)}"
         raise ProbeError(msg)
     table = []
     for at, layer in enumerate(scores.layers):
         values = scores.values[at]
         row, word = np.nonzero(
-            (right[:, None] != words[None]) & known[:, None] & ~np.isnan(values).any(axis=1)[:, None]
+            (right[:, None] != words[None]) & has_word[:, None] & ~np.isnan(values).any(axis=1)[:, None]
         )
         own = np.array([scores.words.index(w) for w in right[row]], dtype=np.int64)
         margin = (values[row, word] - values[row, own]).astype(np.float64)
@@ -259,7 +259,7 @@ def predict_wrong_answers(
             margin -= (np.bincount(word, margin, len(words)) / np.maximum(np.bincount(word, minlength=len(words)), 1))[
                 word
             ]
-        outcome = (said[row] == words[word]).astype(np.float64)
+        outcome = (answer_words[row] == words[word]).astype(np.float64)
         names, of_row = np.unique(np.array(scores.groups)[row], return_inverse=True)
         table.append((layer, *_association(outcome, margin, names, of_row, resamples, confidence, seed)))
     columns = ["layer", "odds_ratio", "odds_ratio_low", "odds_ratio_high", "auc", "auc_low", "auc_high", "n", "wrong"]

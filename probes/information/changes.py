@@ -73,11 +73,11 @@ class Draws:
         n_groups = len(totals)
         rng = np.random.default_rng(self.seed)
         step = max(1, _CELLS // n_groups)
-        drawn = []
+        draw_totals = []
         for start in range(0, DRAWS, step):
             counts = rng.multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=min(step, DRAWS - start))
-            drawn.append(counts @ totals)
-        sums = np.concatenate(drawn)
+            draw_totals.append(counts @ totals)
+        sums = np.concatenate(draw_totals)
         draws = sums[:, :-1] / sums[:, -1:]
         mean = values.mean(axis=0)
         low, high = draws_interval(draws, mean, n_groups, self.confidence)

@@ -71,14 +71,14 @@ def fit_readers(
         Readers for `Problem.base`.
     """
     n_folds = rows.folds.count
-    parts = [(f, i, train, held) for f in range(n_folds) for i, (train, held) in enumerate(rows.parts(f))]
+    parts = [(f, i, train, test_rows) for f in range(n_folds) for i, (train, test_rows) in enumerate(rows.parts(f))]
     problems = [
         Problem(features[f][train], rows.classes[train], rows.count, base.inner[f][i]) for f, i, train, _ in parts
     ]
     fitted = family.fit(problems, [family.choices] * len(problems))
     losses = np.zeros((n_folds, len(simpler) + len(family.choices)))  # [F, choices]
-    for (f, i, _, held), predictors in zip(parts, fitted, strict=True):
-        x, z = features[f][held], rows.classes[held]
+    for (f, i, _, test_rows), predictors in zip(parts, fitted, strict=True):
+        x, z = features[f][test_rows], rows.classes[test_rows]
         candidates = [readers.inner[f][i] for readers in simpler.values()] + list(predictors)
         losses[f] -= [float(predict(x)[np.arange(len(z)), z].sum()) for predict in candidates]
     best = losses.argmin(axis=1)
@@ -112,9 +112,9 @@ def read_rows(rows: Rows, readers: Readers, features: Sequence[np.ndarray]) -> n
     """Return the log-probability of each row's class by the reader of the fold that held it out, float64 [N], in nats."""
     log_p = np.empty(len(rows.classes))
     for f, predict in enumerate(readers.outer):
-        held = rows.folds.outer == f
-        z = rows.classes[held]
-        log_p[held] = predict(features[f][held])[np.arange(len(z)), z]
+        test_rows = rows.folds.outer == f
+        z = rows.classes[test_rows]
+        log_p[test_rows] = predict(features[f][test_rows])[np.arange(len(z)), z]
     return log_p
 
 
@@ -122,7 +122,7 @@ def fit_site(
     rows: Rows,
     site: Sequence[ReducedFold],
     families: Sequence[str],
-    given: tuple[Sequence[ReducedFold], Mapping[str, Readers]] | None = None,
+    condition: tuple[Sequence[ReducedFold], Mapping[str, Readers]] | None = None,
 ) -> dict[str, tuple[Readers, np.ndarray]]:
     """Fit the families to one site; return by family its readers and the log-probability of each row's class [N].
 
@@ -132,20 +132,20 @@ def fit_site(
         Classes and folds; names of registered families, each after its base family.
     site
         The site, reduced in each fold.
-    given
+    condition
         Features that are read together with the site, and their readers by family, which are then among the choices.
     """
     features = [reduced.values for reduced in site]
     null = share_readers(rows)
     readers: dict[str, Readers] = {}
     results: dict[str, tuple[Readers, np.ndarray]] = {}
-    if given is not None:
-        features = [np.hstack([g.values, x]) for g, x in zip(given[0], features, strict=True)]
+    if condition is not None:
+        features = [np.hstack([g.values, x]) for g, x in zip(condition[0], features, strict=True)]
     for name in families:
         family = predictive_families[name]
         simpler = {NULL: null}
-        if given is not None:
-            simpler["given"] = _on_first(given[1][name], [g.values.shape[1] for g in given[0]])
+        if condition is not None:
+            simpler["condition"] = _on_first(condition[1][name], [g.values.shape[1] for g in condition[0]])
         if family.base:
             simpler[family.base] = readers[family.base]
         base = readers[family.base] if family.base else null

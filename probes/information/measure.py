@@ -27,8 +27,8 @@ def measure_information(
     labels: Sequence[Any] | np.ndarray,
     groups: Sequence[Any] | np.ndarray,
     *,
-    given: np.ndarray | None = None,
-    given_name: str = "given",
+    condition: np.ndarray | None = None,
+    condition_name: str = "condition",
     families: Sequence[str] = ("linear", "nonlinear"),
     k: int = WIDTH,
     folds: int = 5,
@@ -54,9 +54,9 @@ def measure_information(
         [N]: class of each row (text, integers or booleans).
     groups
         [N]: image or scene of each row.
-    given
+    condition
         Float [N, D]: what the null reads, such as the question alone; then information is conditional on it.
-    given_name
+    condition_name
         Its name in the result.
     families
         Names of `probes.predictive_families`. The base of a family is measured too.
@@ -111,7 +111,7 @@ def measure_information(
         raise ProbeError(msg)
     names, classes = _classes(labels)
     of_group = np.asarray(groups).astype(str)
-    arrays = _arrays(sites, len(classes), None if given is None else (given_name, given))
+    arrays = _arrays(sites, len(classes), None if condition is None else (condition_name, condition))
     if len(of_group) != len(classes):
         msg = f"{format_count(len(of_group), 'group')} and {format_count(len(classes), 'label')}: give one group for each row"
         raise ProbeError(msg)
@@ -128,22 +128,22 @@ def measure_information(
     draws = Draws(of_group, confidence, seed)
 
     with progress_bar(progress) as bar:
-        task = bar.add_task("measuring information", total=len(sites) + (given is not None) + 1)
+        task = bar.add_task("measuring information", total=len(sites) + (condition is not None) + 1)
         null = read_rows(rows, share_readers(rows), [classes[:, None]] * folds)
         base = np.tile(null, (len(used), 1))  # [M, N]
-        condition = None
-        if given is not None:
-            reduced = reduce_folds(arrays[given_name], outer, k)
+        conditioning = None
+        if condition is not None:
+            reduced = reduce_folds(arrays[condition_name], outer, k)
             fitted = fit_site(rows, reduced, used)
             base = np.stack([fitted[name][1] for name in used])
-            condition = reduced, {name: fitted[name][0] for name in used}
+            conditioning = reduced, {name: fitted[name][0] for name in used}
             bar.advance(task)
-        pvi, kept = np.empty((len(used), len(sites), len(classes))), np.empty(len(sites))
+        pvi, kept_variance = np.empty((len(used), len(sites), len(classes))), np.empty(len(sites))
         choices: dict[str, list[tuple[Any, ...]]] = {name: [] for name in used}
         for s, site in enumerate(sites):
             reduced = reduce_folds(arrays[site], outer, k)
-            kept[s] = np.mean([fold.kept for fold in reduced])
-            fitted = fit_site(rows, reduced, used, condition)
+            kept_variance[s] = np.mean([fold.kept_variance for fold in reduced])
+            fitted = fit_site(rows, reduced, used, conditioning)
             for m, name in enumerate(used):
                 pvi[m, s] = fitted[name][1] - base[m]
                 choices[name].append(fitted[name][0].choices)
@@ -155,7 +155,7 @@ def measure_information(
         for j in sorted({j for _, j in candidates}):
             # Only falls need the control, so that the cost of a path is that of its sites.
             padded = pad_site(arrays[order[j]], arrays[order[j + 1]], of_group, k=k, seed=seed)
-            fitted = fit_site(rows, reduce_folds(padded, outer, k), used, condition)
+            fitted = fit_site(rows, reduce_folds(padded, outer, k), used, conditioning)
             for m in (m for m, at in candidates if at == j):
                 controls[m, j] = pvi[m, j + 1] - (fitted[used[m]][1] - base[m])
         changes = summarize(order, used, differences, controls, draws) if len(sites) > 1 else ()
@@ -171,15 +171,15 @@ def measure_information(
         low=low,
         high=high,
         pvi=pvi,
-        kept=kept,
+        kept_variance=kept_variance,
         entropy=-math.fsum(share * math.log(share) for share in shares),
         null_entropy=-base.mean(axis=1),
         changes=changes,
         choices={name: tuple(of_family) for name, of_family in choices.items()},
         ids=of_id,
         groups=of_group,
-        given=given_name if given is not None else "",
-        given_nats=(base - null).mean(axis=1) if given is not None else np.zeros(0),
+        condition=condition_name if condition is not None else "",
+        condition_nats=(base - null).mean(axis=1) if condition is not None else np.zeros(0),
         provenance={
             "k": k, "folds": folds, "inner_folds": inner_folds, "control": control, "confidence": confidence, "seed": seed,
         },
@@ -209,16 +209,16 @@ def _classes(labels: Sequence[Any] | np.ndarray) -> tuple[tuple[str, ...], np.nd
     return tuple(map(str, kinds)), np.array([number[v] for v in plain])
 
 
-def _arrays(sites: Mapping[str, np.ndarray], n: int, given: tuple[str, np.ndarray] | None) -> dict[str, np.ndarray]:
-    """Return the sites, and what is given, as float arrays [n, D] after a check."""
+def _arrays(sites: Mapping[str, np.ndarray], n: int, condition: tuple[str, np.ndarray] | None) -> dict[str, np.ndarray]:
+    """Return the sites, and the condition, as float arrays [n, D] after a check."""
     if not sites:
         msg = "no site; give at least one array of features [N, D] by name"
         raise ProbeError(msg)
-    if given is not None and given[0] in sites:
-        msg = f"'{given[0]}' names a site and what is given; choose another given_name"
+    if condition is not None and condition[0] in sites:
+        msg = f"'{condition[0]}' names a site and the condition; choose another condition_name"
         raise ProbeError(msg)
     arrays = {}
-    for name, values in [*sites.items(), *([given] if given is not None else [])]:
+    for name, values in [*sites.items(), *([condition] if condition is not None else [])]:
         x = np.asarray(values)
         if x.ndim != 2 or len(x) != n or not x.shape[1] or x.dtype.kind not in "fiub":
             msg = f"'{name}' has shape {list(x.shape)} of {x.dtype}: give numbers [N, D] for all {format_count(n, 'label')}"

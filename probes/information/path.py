@@ -107,7 +107,7 @@ def information_path(
     path: Sequence[PathSite],
     concept: str | Sequence[str],
     *,
-    given: PathSite | None = None,
+    condition: PathSite | None = None,
     rows: Sequence[bool] | np.ndarray | pd.Series | None = None,
     families: Sequence[str] = ("linear", "nonlinear"),
     k: int = WIDTH,
@@ -128,7 +128,7 @@ def information_path(
     concept
         A label column; or several concepts of which one is true (the colors of an object), or the name of a column of
         classes. Labels are those of the first store.
-    given
+    condition
         Site that the null reads: of a store that was traced without an image, for ``H_V(Z | question) - H_V(Z | question, x)``.
         Name its layer and tokens with the result.
     rows
@@ -161,7 +161,7 @@ def information_path(
     if not path:
         msg = "the path has no site; give PathSite entries, such as those of image_sites(store)"
         raise ProbeError(msg)
-    places = [*path, *([given] if given is not None else [])]
+    places = [*path, *([condition] if condition is not None else [])]
     names = [place.name for place in path]
     if repeated := next((name for name in names if names.count(name) > 1), None):
         msg = f"the path has '{repeated}' more than once; two stores with the same site need separate paths"
@@ -199,8 +199,8 @@ def information_path(
         sites,
         labels[used][present],
         groups,
-        given=values[-1][present] if given is not None else None,
-        given_name=f"{given.name}, alone" if given is not None else "given",
+        condition=values[-1][present] if condition is not None else None,
+        condition_name=f"{condition.name}, alone" if condition is not None else "condition",
         families=families,
         k=k,
         folds=folds,

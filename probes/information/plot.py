@@ -45,9 +45,9 @@ def plot_path(result: InformationPath, *, path: str | Path | None = None, ax: Ax
         ax = Figure(figsize=(2.5 + 0.55 * min(len(result.sites), 40), 4.4), layout="constrained").subplots()
     at = np.arange(len(result.sites))
     ax.axhline(result.entropy, color="#555555", lw=1, ls="--", label="H(Z)")
-    if result.given:
+    if result.condition:
         ceiling = float(result.null_entropy.min())
-        ax.axhline(ceiling, color="#555555", lw=1, ls=":", label="H(Z) left by what is given")
+        ax.axhline(ceiling, color="#555555", lw=1, ls=":", label="H(Z) left by the condition")
     ax.axhline(0, color="#999999", lw=0.8)
     for m, name in enumerate(result.families):
         color = COLORS[m % len(COLORS)]
@@ -71,9 +71,9 @@ def plot_path(result: InformationPath, *, path: str | Path | None = None, ax: Ax
     ax.set_ylabel("nats")
     for label in ax.get_xticklabels():
         label.set_parse_math(False)
-    given = f" given {result.given}" if result.given else ""
+    suffix = f" given {result.condition}" if result.condition else ""
     ax.set_title(
-        f"Information about {result.concept}{given}", parse_math=False, loc="left", fontsize=10,
+        f"Information about {result.concept}{suffix}", parse_math=False, loc="left", fontsize=10,
         pad=8 + 3.2 * max((len(change.words) for change in result.changes), default=0),
     )  # fmt: skip
     ax.spines[["top", "right"]].set_visible(False)

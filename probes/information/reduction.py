@@ -17,7 +17,7 @@ class ReducedFold:
 
     values: np.ndarray
     """float64 [N, k], scaled by one number so that a training row has the mean squared norm k."""
-    kept: float
+    kept_variance: float
     """Share of the variance of the training rows in these axes."""
 
 
@@ -64,9 +64,9 @@ def _reduce(table: np.ndarray, x: np.ndarray, train: np.ndarray, k: int, *, wide
 
 def _from_moments(table: np.ndarray, x: np.ndarray, train: np.ndarray, k: int) -> tuple[np.ndarray, float]:
     """Return the components of all rows and the total sum of squares of the training rows, from moments [D, D]."""
-    held, n = x[~train], int(train.sum())
-    mean = -held.sum(axis=0) / n  # the sum of all rows is 0
-    scatter = table - held.T @ held - n * np.outer(mean, mean)
+    test_rows, n = x[~train], int(train.sum())
+    mean = -test_rows.sum(axis=0) / n  # the sum of all rows is 0
+    scatter = table - test_rows.T @ test_rows - n * np.outer(mean, mean)
     values, axes = _largest(scatter, min(k, n - 1))
     del values
     return (x - mean) @ axes, float(np.trace(scatter))

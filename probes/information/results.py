@@ -50,13 +50,13 @@ class InformationPath:
     """float64 [M, S]: interval over groups."""
     pvi: np.ndarray
     """float64 [M, S, N]: pointwise information of each row, ``log p[x](z) - log p[null](z)``."""
-    kept: np.ndarray
+    kept_variance: np.ndarray
     """float64 [S]: share of the variance of the training rows in the k dimensions that are read, mean over folds."""
     entropy: float
     """H(Z) of the rows, from their class shares."""
     null_entropy: np.ndarray
     """float64 [M]: H_V(Z), the held-out log-loss without the site: of class shares of the training rows, or of the reader of
-    `given`. Information is at most this."""
+    `condition`. Information is at most this."""
     changes: tuple[SiteChange, ...]
     """Between consecutive sites."""
     choices: Mapping[str, tuple[tuple[Any, ...], ...]]
@@ -65,10 +65,10 @@ class InformationPath:
     """str [N]."""
     groups: np.ndarray
     """str [N]."""
-    given: str = ""
-    """What the null reads; empty for nothing. Information is conditional on it: ``H_V(Z | given) - H_V(Z | given, x)``."""
-    given_nats: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    """float64 [M]: information of `given` alone; empty without it."""
+    condition: str = ""
+    """What the null reads; empty for nothing. Information is then ``H_V(Z | condition) - H_V(Z | condition, x)``."""
+    condition_nats: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    """float64 [M]: information of `condition` alone; empty without it."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """All options, and the digests of the stores."""
 
@@ -104,7 +104,11 @@ class InformationPath:
             for m, name in enumerate(self.families):
                 row: dict[str, Any] = {"site": site, "family": name}
                 row |= {"nats": self.nats[m, s], "low": self.low[m, s], "high": self.high[m, s]}
-                row |= {"null_entropy": self.null_entropy[m], "entropy": self.entropy, "kept": self.kept[s]}
+                row |= {
+                    "null_entropy": self.null_entropy[m],
+                    "entropy": self.entropy,
+                    "kept_variance": self.kept_variance[s],
+                }
                 of_family = change[name] if change is not None else None
                 for key in ("nats", "p_holm", "control"):
                     column = "change" if key == "nats" else key
@@ -119,9 +123,9 @@ class InformationPath:
         return plot_path(self, path=path, ax=ax)
 
     def __str__(self) -> str:
-        given = f" given {self.given}" if self.given else ""
+        suffix = f" given {self.condition}" if self.condition else ""
         lines = [
-            f"{self.concept}{given}: H(Z) {self.entropy:.3f} nats, {len(self.ids)} rows of {len(set(self.groups))} groups"
+            f"{self.concept}{suffix}: H(Z) {self.entropy:.3f} nats, {len(self.ids)} rows of {len(set(self.groups))} groups"
         ]
         for s, site in enumerate(self.sites):
             values = ", ".join(

@@ -45,10 +45,10 @@ def pad_site(earlier: np.ndarray, later: np.ndarray, groups: np.ndarray, *, k: i
     own = float(((axes.T @ x) ** 2).sum())
     scale = max(explained, by_chance * total) / own if own > 0 else 0.0
     values, components = _components(y)
-    known = np.zeros(len(values))
+    earlier_spectrum = np.zeros(len(values))
     of_earlier = _components(x)[0][: len(values)]
-    known[: len(of_earlier)] = scale * of_earlier
-    excess = np.maximum(values - known, 0.0)
+    earlier_spectrum[: len(of_earlier)] = scale * of_earlier
+    excess = np.maximum(values - earlier_spectrum, 0.0)
     noise = components[:, excess > 0] * np.sqrt(excess[excess > 0])
     return np.hstack([np.sqrt(scale) * x, noise[_other_rows(groups, seed)]])
 

@@ -35,16 +35,16 @@ def data() -> ConceptDataset:
 
 def residual(model: Lvlm, ids: list[int], pixels: torch.Tensor | None) -> np.ndarray:
     """The last layer's residual [T, D] by a hook on the Hugging Face module."""
-    seen: list[torch.Tensor] = []
+    inputs: list[torch.Tensor] = []
     hf: Any = model.hf
     handle = hf.model.language_model.layers[5].register_forward_hook(
-        lambda _m, _i, out: seen.append(out[0] if isinstance(out, tuple) else out)
+        lambda _m, _i, out: inputs.append(out[0] if isinstance(out, tuple) else out)
     )
     extra = {} if pixels is None else {"pixel_values": pixels}
     with torch.no_grad():
         hf(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), **extra)
     handle.remove()
-    return seen[0].reshape(len(ids), -1).float().numpy()
+    return inputs[0].reshape(len(ids), -1).float().numpy()
 
 
 def test_rows_equal_forward_passes_of_prompts_without_the_other_modality(
@@ -91,10 +91,10 @@ def test_stores_say_what_their_rows_have_seen_and_never_mix(model: Lvlm, data: C
     stores = {}
     for number, name in enumerate(("both", "text", "image")):
         part = ConceptDataset(name, (replace(data[number], id=name),))
-        given: Any = {} if name == "both" else {"input": name}
-        stores[name] = trace(model, part, out=tmp_path / name, **given, **options)
+        modality: Any = {} if name == "both" else {"input": name}
+        stores[name] = trace(model, part, out=tmp_path / name, **modality, **options)
         assert stores[name].input == name
-        assert trace(model, part, out=tmp_path / name, **given, **options).digest == stores[name].digest
+        assert trace(model, part, out=tmp_path / name, **modality, **options).digest == stores[name].digest
         console = Console(record=True, width=200, quiet=False, file=io.StringIO())
         print_store(stores[name], console)
         words = {"both": "image and text", "text": "the text alone", "image": "the image alone"}[name]
@@ -126,9 +126,9 @@ def test_requests_of_the_other_modality_are_refused(model: Lvlm, data: ConceptDa
         ({"input": "text", "sites": ["vision.resid_post"]}, SiteError, "'vision.resid_post' reads images"),
         ({"input": "text", "sites": ["projector.out"]}, SiteError, "'projector.out' reads images"),
     ]
-    for given, error, message in cases:
+    for options, error, message in cases:
         with pytest.raises(error, match=message):
-            trace(model, data, out=tmp_path / "none", **{**plain, **given})
+            trace(model, data, out=tmp_path / "none", **{**plain, **options})
     assert not (tmp_path / "none").exists()
 
 

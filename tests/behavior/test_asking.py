@@ -91,7 +91,7 @@ def mme_score(rows: list[tuple[str, str]]) -> float:
 
 
 def test_mme_with_cognition_is_asked_and_scored(tiny: Lvlm, mme: Path, tmp_path: Path) -> None:
-    asked = ask(tiny, "mme", tmp_path / "answers", mme, {"questions": mme})
+    result = ask(tiny, "mme", tmp_path / "answers", mme, {"questions": mme})
     plain = gs.answer(tiny, benchmark_data("mme", mme, {"questions": mme}), generate=True).texts
     expected = {}
     for task in ("existence", "ocr", "code_reasoning", "numerical_calculation"):
@@ -99,7 +99,7 @@ def test_mme_with_cognition_is_asked_and_scored(tiny: Lvlm, mme: Path, tmp_path:
         assert [(i, t) for i, _, t, _ in lines] == [(f"{k}.png", t) for k in range(5) for t in ("Yes", "No")]
         assert [line[3] for line in lines] == [plain[f"{task}/{n}"] for n in range(1, 11)]
         expected[task] = mme_score([(truth, response) for _, _, truth, response in lines])
-    score = asked.score()
+    score = result.score()
     assert score.figures["perception"].value == pytest.approx(expected["existence"] + expected["ocr"], abs=1e-9)
     reasoning = expected["code_reasoning"] + expected["numerical_calculation"]
     assert score.figures["cognition"].value == pytest.approx(reasoning, abs=1e-9)
@@ -130,10 +130,10 @@ def test_an_interrupted_benchmark_resumes_and_a_finished_one_is_not_asked_again(
     with journal.open("ab") as file:
         file.write(b'{"answers": {"existence/1": "torn')
     assert not (tmp_path / "part").exists()
-    rest = Counter()
-    resumed = ask(tiny, "mme", tmp_path / "part", mitigation=rest, **same)
+    later = Counter()
+    resumed = ask(tiny, "mme", tmp_path / "part", mitigation=later, **same)
     assert 0 < resumed.reused < 40
-    assert len(rest.encoded) < len(whole.encoded)
+    assert len(later.encoded) < len(whole.encoded)
     assert resumed.cost.forwards == first.cost.forwards
     assert [a.text for a in resumed.answers] == [a.text for a in first.answers]
     none = Counter()
@@ -163,9 +163,9 @@ def test_other_answers_are_not_mixed(tiny: Lvlm, mme: Path, tmp_path: Path) -> N
 def test_a_mitigation_acts_on_the_answers(tiny: Lvlm, mme: Path, tmp_path: Path) -> None:
     yes = YesNoBias(bias=1e3)
     files = {"questions": mme}
-    asked = ask(tiny, "mme", tmp_path / "yes", mme, files, mitigation=yes, limit=2)
-    assert {a.text.strip().lower()[:3] for a in asked.answers} == {"yes"}
-    assert asked.provenance["mitigation"][0] == yes.name
+    result = ask(tiny, "mme", tmp_path / "yes", mme, files, mitigation=yes, limit=2)
+    assert {a.text.strip().lower()[:3] for a in result.answers} == {"yes"}
+    assert result.provenance["mitigation"][0] == yes.name
 
 
 RELEASES: dict[str, Any] = {
@@ -225,15 +225,15 @@ def test_every_benchmark_can_be_asked_and_its_answer_file_is_read(
     files = release_files(tmp_path, name)
     answers = tmp_path / "answers.jsonl"
     same: dict[str, Any] = {"images": images, "files": files, "prompt": "Describe the image."}
-    asked = ask(tiny, name, answers, **same, max_new_tokens=3)
-    texts = {a.question.id: a.text for a in asked.answers}
+    result = ask(tiny, name, answers, **same, max_new_tokens=3)
+    texts = {a.question.id: a.text for a in result.answers}
     assert texts == gs.answer(tiny, benchmark_data(name, **same), generate=True, max_new_tokens=3).texts
     judge = BENCHMARKS[name].judge
     if judge is not None and name not in VARIANTS and name != "reefknot":
-        held = {k: v for k, v in files.items() if not (BENCHMARKS[name].answers_hold_questions and k == "questions")}
-        assert write_requests(name, tmp_path / "requests.jsonl", answers, files=held) == len(texts)
+        others = {k: v for k, v in files.items() if not (BENCHMARKS[name].answers_hold_questions and k == "questions")}
+        assert write_requests(name, tmp_path / "requests.jsonl", answers, files=others) == len(texts)
         return
-    score = asked.score(variant=VARIANTS.get(name))
+    score = result.score(variant=VARIANTS.get(name))
     assert {a.id: a.text for a in score.answers.answers} == texts
     assert score.missing == 0
 

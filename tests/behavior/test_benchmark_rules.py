@@ -196,12 +196,12 @@ def test_hallusion_by_its_own_reading_equals_the_rule_with_those_verdicts(tmp_pa
     rows = hallusion_rows(chance)
     for row in rows:
         row["model_prediction"] = chance.choice(["Yes.", "No.", "Perhaps."])
-    said = {"Yes.": "1", "No.": "0", "Perhaps.": None}
+    reply = {"Yes.": "1", "No.": "0", "Perhaps.": None}
     names = ("category", "subcategory", "set_id", "question_id")
     first = {tuple(r[k] for k in names): r["model_prediction"] for r in rows if r["figure_id"] == "0"}
     records = []
     for r in rows:
-        answer = said[r["model_prediction"]]
+        answer = reply[r["model_prediction"]]
         check = "2" if answer is None else "1" if answer == r["gt_answer"] else "0"
         original = first[tuple(r[k] for k in names)]
         records.append(r | {"check": check, "same": str(int(original == r["model_prediction"]))})
@@ -455,13 +455,13 @@ def test_object_halbench_from_the_release_s_results(tmp_path: Path) -> None:
 def test_haelm_and_gavie_count_verdicts(tmp_path: Path) -> None:
     chance = random.Random(16)
     captions = [{"image": f"{i}.jpg", "reference caption": ["A cat."], "output": "A cat.\nMore"} for i in range(1000)]
-    said = [chance.choice(["yes", "no", "No", "maybe"]) for _ in captions]
-    verdicts = write(tmp_path / "v.jsonl", [{"reply": t} for t in said], lines=True)
+    reply = [chance.choice(["yes", "no", "No", "maybe"]) for _ in captions]
+    verdicts = write(tmp_path / "v.jsonl", [{"reply": t} for t in reply], lines=True)
     answers = write(tmp_path / "a.jsonl", captions, lines=True)
     score = score_files("haelm", answers, verdicts=verdicts, by_place=True)
-    clear = [t.lower() for t in said if t != "maybe"]
+    clear = [t.lower() for t in reply if t != "maybe"]
     same(score.figures, {"hallucination_rate": clear.count("no") / len(clear)})
-    assert score.unparsed == said.count("maybe")
+    assert score.unparsed == reply.count("maybe")
     instructions = [{"image_id": str(i % 50), "question": f"Describe {i}."} for i in range(1000)]
     rated = [
         {"id": f"{i % 50}/{i}", "accuracy": chance.randrange(11), "relevancy": chance.randrange(11)}
@@ -493,11 +493,11 @@ def test_pope_and_llava_s_form(tmp_path: Path) -> None:
                 chance.choice(["yes", "no"]),
             )
             labels.append({"question_id": i, "image": image, "text": question, "label": label})
-            asked = question.replace("imange", "image") + "\nAnswer the question using a single word or phrase."
-            lines.append({"question_id": start + i, "image": image, "text": asked, "category": split})
-            said = text(chance)
-            answers.append({"question_id": start + i, "prompt": asked, "text": said})
-            pairs.append((not rules.pope_no(said), label == "yes"))
+            prompt = question.replace("imange", "image") + "\nAnswer the question using a single word or phrase."
+            lines.append({"question_id": start + i, "image": image, "text": prompt, "category": split})
+            reply = text(chance)
+            answers.append({"question_id": start + i, "prompt": prompt, "text": reply})
+            pairs.append((not rules.pope_no(reply), label == "yes"))
         write(folder / f"coco_pope_{split}.json", labels, lines=True)
         tp, fp, tn, fn = rules.counts(pairs)
         precision, recall = tp / (tp + fp), tp / (tp + fn)
@@ -551,8 +551,8 @@ def test_gavie_by_replies(tmp_path: Path) -> None:
 
     def reply() -> str:
         parts = [part("Relevancy"), part("Accuracy")]
-        kept = chance.choice([parts, parts, parts, parts[::-1], parts[:1], ["I cannot rate this."]])
-        return "\n".join(kept)
+        rating = chance.choice([parts, parts, parts, parts[::-1], parts[:1], ["I cannot rate this."]])
+        return "\n".join(rating)
 
     replies = [reply() for _ in range(1000)]
     questions = [{"image_id": str(i % 50), "question": f"Describe {i}."} for i in range(1000)]
@@ -585,12 +585,12 @@ def test_chair(tmp_path: Path) -> None:
     for i in range(1000):
         boxed = set(chance.sample(categories, chance.randint(0, 3)))
         words = [chance.choice(list(names)) for _ in range(chance.randint(0, 6))]
-        said = chance.choice([w for w, name in names.items() if name])
+        reply = chance.choice([w for w, name in names.items() if name])
         boxes += [{"image_id": i, "category_id": 1 + categories.index(name)} for name in sorted(boxed)]
-        human.append({"image_id": i, "caption": f"There is a {said}."})
+        human.append({"image_id": i, "caption": f"There is a {reply}."})
         captions.append({"image_id": i, "caption": " and ".join(f"a {w}" for w in words) + "."})
         mentioned.append([name for w in words if (name := names[w])])
-        truths.append(boxed | {names[said] or ""})
+        truths.append(boxed | {names[reply] or ""})
     synonyms = tmp_path / "synonyms.txt"
     synonyms.write_text("dog, puppy\ncat\nperson, man, woman\nwine glass\ncouch, sofa\nlaptop\nbus\n")
     instances = {
@@ -606,7 +606,7 @@ def test_chair(tmp_path: Path) -> None:
     score = score_files("chair", write(tmp_path / "answers.json", captions), files=files)
     expected = rules.chair(mentioned, truths)
     same(score.figures, dict(zip(("chair_i", "chair_s"), expected, strict=True)))
-    wrong = [any(noun not in truth for noun in said) for said, truth in zip(mentioned, truths, strict=True)]
+    wrong = [any(noun not in truth for noun in reply) for reply, truth in zip(mentioned, truths, strict=True)]
     assert [not a.correct for a in score.answers.answers] == wrong
     boxes_alone = score_files(
         "chair", tmp_path / "answers.json", files={k: v for k, v in files.items() if k != "captions"}

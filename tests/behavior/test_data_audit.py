@@ -279,18 +279,20 @@ def test_captions_fit_by_a_model_as_a_loop_over_images_says() -> None:
     model = gs.load_lvlm("tiny")
     requests = gs.scenes.dataset(30).filter(lambda e: e.kind == "caption")[:3]
     written = gs.answer(model, requests).texts
-    shown = [written[e.id] for e in requests]
-    texts = [shown[1], shown[0], shown[2]]  # the first two are captions of each other's image
+    texts = [written[e.id] for e in requests]
+    texts = [texts[1], texts[0], texts[2]]  # the first two are captions of each other's image
     data = ConceptDataset("captions", tuple(replace(e, answer=t) for e, t in zip(requests, texts, strict=True)))
     fit = caption_fit(model, data, others=9, batch_size=4)
 
     def log_p(example: Example, about: Example) -> float:
-        asked = replace(example, image=about.image, question="Describe the image.", answer="", objects=(), subject=None)
-        tokens = answer_tokens(model, asked, example.answer)
+        request = replace(
+            example, image=about.image, question="Describe the image.", answer="", objects=(), subject=None
+        )
+        tokens = answer_tokens(model, request, example.answer)
         total = 0.0
         for n, token in enumerate(tokens):
             words = model.processor.tokenizer.decode(tokens[:n])
-            batch = next(model.batches([replace(asked, prefix=words)]))
+            batch = next(model.batches([replace(request, prefix=words)]))
             total += float(model.answer_logits(batch)[0].double().log_softmax(-1)[token])
         return total
 

@@ -34,10 +34,10 @@ def about(question: str, answer: str = "yes", candidates: tuple[str, ...] = YES_
     ],
 )
 def test_paraphrases_by_hand(rule: str, question: str, expected: str | None) -> None:
-    made = REWORDINGS[rule].make(about(question))
-    assert (None if made is None else made.question) == expected
-    if made is not None:
-        assert (made.answer, made.candidates) == ("yes", YES_NO)
+    reworded = REWORDINGS[rule].make(about(question))
+    assert (None if reworded is None else reworded.question) == expected
+    if reworded is not None:
+        assert (reworded.answer, reworded.candidates) == ("yes", YES_NO)
 
 
 def test_formats_by_hand() -> None:

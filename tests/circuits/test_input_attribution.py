@@ -52,27 +52,27 @@ def test_shares_are_those_of_a_loop_in_float64(kind: str) -> None:
         assert (shares.said == a) == (shares.log_odds > 0)
         own = {c: odds(model, e, c, a) for c in e.candidates}
         assert b == max((c for c in e.candidates if c != a), key=own.__getitem__)  # the model's answer, or the next one
-        lean, form, known, seen = [], [], [], []
+        lean, form, noun, pixels = [], [], [], []
         for name in BLANKS:
             blank = replace(e, image=EditedImage(e.image, name))
             lean.append(np.mean([odds(model, replace(blank, question=q), a, b) for q in ("N/A", "Answer .")]))
             each = [odds(model, replace(blank, question=q), a, b) for q in texts[e.id]]
             form.append(np.mean(each))
-            known.append(odds(model, blank, a, b))
-            seen.append(each)
+            noun.append(odds(model, blank, a, b))
+            pixels.append(each)
         whole = odds(model, e, a, b)
         expected = [
             np.mean(lean),
             np.mean(form) - np.mean(lean),
-            np.mean(known) - np.mean(form),
-            whole - np.mean(known),
+            np.mean(noun) - np.mean(form),
+            whole - np.mean(noun),
         ]
         np.testing.assert_allclose([shares.lean, shares.form, shares.knowledge, shares.image], expected, atol=2e-4)
         assert shares.lean + shares.form + shares.knowledge + shares.image == pytest.approx(whole, abs=2e-4)
         assert abs(shares.lean + shares.form + shares.knowledge + shares.image - shares.log_odds) < 1e-9
-        assert shares.words == pytest.approx(np.mean(known), abs=2e-4)
-        assert shares.noun_spread == pytest.approx(np.std(np.mean(seen, axis=0), ddof=1), abs=2e-4)
-        assert shares.blank_spread["image"] == pytest.approx(np.std(known, ddof=1), abs=2e-4)
+        assert shares.words == pytest.approx(np.mean(noun), abs=2e-4)
+        assert shares.noun_spread == pytest.approx(np.std(np.mean(pixels, axis=0), ddof=1), abs=2e-4)
+        assert shares.blank_spread["image"] == pytest.approx(np.std(noun, ddof=1), abs=2e-4)
         assert shares.blank_spread["form"] == pytest.approx(np.std(np.subtract(form, lean), ddof=1), abs=2e-4)
         without = replace(e, image=NoImage(), objects=(), subject=None)
         assert shares.no_image == pytest.approx(odds(model, without, a, b), abs=2e-4)

@@ -19,7 +19,8 @@ from behavior import BehaviorResult
 from behavior.result import Answer, Cost
 from circuits import HeadScores
 from circuits.head_screening.table import HeadTable
-from circuits.input_attribution.results import ABOUT, Sources, SourceShares
+from circuits.input_attribution.group_summary import ABOUT
+from circuits.input_attribution.results import Sources, SourceShares
 from circuits.input_attribution.shapley_results import ShapleyShares, ShapleySources
 from circuits.results.graph import Graph, Shape
 from circuits.results.patch_scores import PatchScores

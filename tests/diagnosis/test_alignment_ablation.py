@@ -32,10 +32,10 @@ def hooked_rows(model: Lvlm, examples: list[Any], role: str, module: Any, change
     hf: Any = model.hf
     for example in examples:
         encoding = model.encode(example)
-        seen: list[torch.Tensor] = []
+        outputs: list[torch.Tensor] = []
         handles = [
             hf.model.language_model.layers[5].register_forward_hook(
-                lambda _m, _i, out, seen=seen: seen.append(out[0] if isinstance(out, tuple) else out)
+                lambda _m, _i, out, outputs=outputs: outputs.append(out[0] if isinstance(out, tuple) else out)
             )
         ]
         if module is not None:
@@ -45,7 +45,7 @@ def hooked_rows(model: Lvlm, examples: list[Any], role: str, module: Any, change
         for handle in handles:
             handle.remove()
         positions = encoding.tokens.image if role == "image" else encoding.tokens.question
-        rows.append(seen[0].reshape(encoding.tokens.length, -1)[list(positions)].mean(dim=0).numpy())
+        rows.append(outputs[0].reshape(encoding.tokens.length, -1)[list(positions)].mean(dim=0).numpy())
     return np.array(rows)
 
 

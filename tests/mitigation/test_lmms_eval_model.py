@@ -15,7 +15,6 @@ from concepts.schema import Example
 from groundscope.core.errors import ConfigError
 from lvlm import Lvlm
 from mitigation.lmms_eval_model import Request, continuation_losses, generate_texts, manifest
-from mitigation.training_free.controls.rules import YesNoBias
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +25,17 @@ def tiny() -> Lvlm:
 @pytest.fixture(scope="module")
 def examples() -> list[Example]:
     return [e for e in gs.scenes.dataset(10) if e.kind == "existence"][:4]
+
+
+@pytest.fixture(scope="module")
+def questions() -> list[Example]:
+    """Questions of which PAI at a high strength changes some answers."""
+    return [e for e in gs.scenes.dataset(10) if e.kind in ("existence", "what_color")][:12]
+
+
+def answers_under(tiny: Lvlm, questions: list[Example], mitigation: gs.Mitigation | None) -> list[str]:
+    with nullcontext() if mitigation is None else mitigation.applied(tiny):
+        return [tiny.ask(e.image.load(), e.question, max_new_tokens=1).strip() for e in questions]
 
 
 def requests_of(examples: list[Example], **options: Any) -> list[Request]:
@@ -39,6 +49,14 @@ def test_texts_are_those_that_the_model_writes(tiny: Lvlm, examples: list[Exampl
     assert stops == [min(t.split("e")[0], t.split("o")[0], key=len) for t in texts]
     with pytest.raises(ConfigError, match="num_beams=2"):
         generate_texts(tiny, requests_of(examples, num_beams=2), nullcontext())
+
+
+def test_a_mitigation_changes_the_texts(tiny: Lvlm, questions: list[Example]) -> None:
+    mitigation = gs.named_mitigation("pai(alpha=3)", tiny)
+    expected = answers_under(tiny, questions, mitigation)
+    assert expected != answers_under(tiny, questions, None)
+    requests = requests_of(questions, max_new_tokens=1)
+    assert generate_texts(tiny, requests, mitigation.applied(tiny), batch_size=4) == expected
 
 
 def test_losses_are_those_of_the_logits(tiny: Lvlm, examples: list[Example]) -> None:
@@ -78,7 +96,7 @@ metric_list:
 
 
 def test_the_evaluator_of_lmms_eval_scores_an_instance(
-    tiny: Lvlm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Lvlm, questions: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("lmms_eval", reason="lmms-eval is installed in an environment of its own: see CONTRIBUTING.md")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
@@ -87,9 +105,8 @@ def test_the_evaluator_of_lmms_eval_scores_an_instance(
     from lmms_eval.models.registry_v2 import ModelRegistryV2  # pyright: ignore[reportMissingImports]
     from lmms_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
-    examples = [e for e in gs.scenes.dataset(10) if e.kind == "existence"][:6]
     rows = []
-    for i, example in enumerate(examples):
+    for i, example in enumerate(questions):
         example.image.load().save(tmp_path / f"{i}.png")
         rows.append({"path": str(tmp_path / f"{i}.png"), "question": example.question, "answer": example.answer})
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -105,13 +122,13 @@ def test_the_evaluator_of_lmms_eval_scores_an_instance(
     registry = ModelRegistryV2()
     registry.register_manifest(manifest())  # as its entry point does
     model_class = registry.get_model_class("groundscope")
-    bias = YesNoBias(bias=1e3)  # acts on questions with candidates only, so these texts are those of the model
-    instance = model_class(model=tiny, mitigation=bias, batch_size=4)
+    mitigation = gs.named_mitigation("pai(alpha=3)", tiny)
+    instance = model_class(model=tiny, mitigation=mitigation, batch_size=4)
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False, model_name="groundscope")
     results = simple_evaluate(instance, tasks=["scenes"], task_manager=manager, log_samples=True, bootstrap_iters=0)
     samples = results["samples"]["scenes"]
     texts = [s["filtered_resps"][0] for s in samples]
-    assert texts == [tiny.ask(e.image.load(), e.question, max_new_tokens=1).strip() for e in examples]
-    right = sum(t == e.answer for t, e in zip(texts, examples, strict=True)) / len(examples)
+    assert texts == answers_under(tiny, questions, mitigation) != answers_under(tiny, questions, None)
+    right = sum(t == e.answer for t, e in zip(texts, questions, strict=True)) / len(questions)
     score = results["results"]["scenes"]
     assert next(v for k, v in score.items() if k.startswith("exact_match,")) == pytest.approx(right)

@@ -41,12 +41,12 @@ def gaussians(mu: float, n: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.
     return z, x, math.log(2) - np.log1p(np.exp(-2 * mu * x[:, 0] * sign))
 
 
-def softmax_reference(x: np.ndarray, z: np.ndarray, held: np.ndarray, penalty: float) -> np.ndarray:
+def softmax_reference(x: np.ndarray, z: np.ndarray, test_rows: np.ndarray, penalty: float) -> np.ndarray:
     """Log-probabilities of scikit-learn's optimum of ``mean loss + penalty / 2 ||W||^2``."""
     # Two classes: W = (-w / 2, w / 2), so that ||W||^2 = ||w||^2 / 2.
     C = (2 if len(set(z)) == 2 else 1) / (penalty * len(z))
     model = LogisticRegression(C=C, tol=1e-10, max_iter=10_000, solver="lbfgs").fit(x, z)
-    return model.predict_log_proba(held)
+    return model.predict_log_proba(test_rows)
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -54,12 +54,14 @@ def test_linear_family_is_scikit_learns_optimum(count: int) -> None:
     rng = np.random.default_rng(count)
     z = np.r_[np.arange(count), rng.integers(0, count, 150) ** 2 // count]  # classes of unequal size
     x = rng.normal(size=(len(z), 6)) + 0.8 * np.eye(6)[z]
-    held = rng.normal(size=(40, 6))
+    test_rows = rng.normal(size=(40, 6))
     penalties = (0.001, 1.0, 0.05)
     problem = Problem(x, z, count, share_predictor(z, count))
     (predictors,) = fit_linear([problem], [penalties])
     for penalty, predict in zip(penalties, predictors, strict=True):
-        np.testing.assert_allclose(predict(held), softmax_reference(x, z, held, penalty), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(
+            predict(test_rows), softmax_reference(x, z, test_rows, penalty), rtol=1e-4, atol=1e-4
+        )
 
 
 def transcribe(x: np.ndarray, z: np.ndarray, groups: np.ndarray, k: int, penalties: tuple[float, ...]) -> np.ndarray:
@@ -113,7 +115,7 @@ def test_reduction_is_the_principal_components_of_the_training_rows(n: int, widt
         expected *= math.sqrt(4 / (expected[train] ** 2).sum(axis=1).mean())
         signs = np.sign((reduced.values * expected).sum(axis=0))
         np.testing.assert_allclose(reduced.values * signs, expected, atol=1e-8)
-        assert reduced.kept == pytest.approx((s[:4] ** 2).sum() / (s**2).sum(), rel=1e-9)
+        assert reduced.kept_variance == pytest.approx((s[:4] ** 2).sum() / (s**2).sum(), rel=1e-9)
     constant = reduce_rows(np.full((10, 3), 2.0), 4)
     assert not constant.values.any()
 
@@ -176,17 +178,22 @@ def test_noise_gives_nothing_by_the_null_and_a_wrong_family_cannot_be_negative()
 
 
 def test_information_beyond_what_is_given() -> None:
-    z, first, one = gaussians(1.0, 1500, seed=5)
+    z, first, pvi = gaussians(1.0, 1500, seed=5)
     _, second, _ = gaussians(1.0, 1500, seed=6)
     both = math.log(2) - np.log1p(np.exp(-2 * (first + second)[:, 0] * (2 * z - 1)))
     path = measure_information(
-        {"copy": 3 * first, "new": second}, z, np.arange(1500), given=first, given_name="question", families=("linear",)
+        {"copy": 3 * first, "new": second},
+        z,
+        np.arange(1500),
+        condition=first,
+        condition_name="question",
+        families=("linear",),
     )
-    assert path.given == "question"
-    assert path.given_nats[0] == pytest.approx(one.mean(), abs=0.005)
+    assert path.condition == "question"
+    assert path.condition_nats[0] == pytest.approx(pvi.mean(), abs=0.005)
     assert path.nats[0, 0] == pytest.approx(0, abs=0.005)
-    assert path.nats[0, 1] == pytest.approx((both - one).mean(), abs=0.01)
-    assert path.null_entropy[0] + path.given_nats[0] == pytest.approx(math.log(2), abs=2e-3)
+    assert path.nats[0, 1] == pytest.approx((both - pvi).mean(), abs=0.01)
+    assert path.null_entropy[0] + path.condition_nats[0] == pytest.approx(math.log(2), abs=2e-3)
     assert path.changes[0].words == "made available"
 
 
@@ -319,29 +326,29 @@ def stores() -> tuple[MemorySource, MemorySource]:
     for column in labels.values():
         column[3] = np.nan
     table = {"id": [f"q{i}" for i in range(120)], "group": np.arange(120) // 2, **labels}
-    seen = MemorySource({("vision.resid_post", "object:mean"): x, ("projector.out", "object:mean"): x[:, :1]}, table)
-    return seen, MemorySource({"resid_post": rng.normal(size=(120, 1, 6))}, table)
+    joint = MemorySource({("vision.resid_post", "object:mean"): x, ("projector.out", "object:mean"): x[:, :1]}, table)
+    return joint, MemorySource({"resid_post": rng.normal(size=(120, 1, 6))}, table)
 
 
 COLORS = ("attribute:red", "attribute:green", "attribute:blue")
 
 
 def test_path_of_stores(tmp_path: Path) -> None:
-    seen, alone = stores()
-    path = image_sites(seen, tokens="object:mean")
+    joint, alone = stores()
+    path = image_sites(joint, tokens="object:mean")
     assert [p.name for p in path] == [
         "vision.L0.resid_post at object:mean",
         "vision.L1.resid_post at object:mean",
         "projector.out at object:mean",
     ]
     question = PathSite(alone, "decoder.L0.resid_post")
-    result = information_path(path, COLORS, given=question, families=("linear",))
+    result = information_path(path, COLORS, condition=question, families=("linear",))
     assert isinstance(result, InformationPath)
     assert result.classes == ("blue", "green", "red")
     assert len(result.ids) == 118
     assert not {"q3", "q7"} & set(result.ids.tolist())
     assert [c.words for c in result.changes] == ["less linearly available", "made available"]
-    assert result.given == "decoder.L0.resid_post at last, alone"
+    assert result.condition == "decoder.L0.resid_post at last, alone"
     assert 0.7 < result.at(path[0].name)[0] < result.entropy
     frame = result.frame()
     assert frame["change"].isna().tolist() == [True, False, False]
@@ -359,8 +366,8 @@ def test_path_of_stores(tmp_path: Path) -> None:
 
 
 def test_paths_that_cannot_be_read() -> None:
-    seen, alone = stores()
-    path = image_sites(seen, tokens="object:mean")
+    joint, alone = stores()
+    path = image_sites(joint, tokens="object:mean")
     everything = np.ones(120, bool)
     with pytest.raises(ProbeError, match="example 'q3' has no label"):
         information_path(path, COLORS, rows=everything)
@@ -371,13 +378,13 @@ def test_paths_that_cannot_be_read() -> None:
     with pytest.raises(ProbeError, match="no site"):
         information_path([], COLORS)
     with pytest.raises(ProbeError, match="no site of the image at image:mean"):
-        image_sites(seen)
+        image_sites(joint)
     with pytest.raises(ProbeError, match="not in store"):
         information_path(path, "attribute:rde")
     frame = alone.frame().assign(id=[f"r{i}" for i in range(120)])
     other = MemorySource({"resid_post": np.zeros((120, 1, 6))}, frame)
     with pytest.raises(StoreError, match="other examples"):
-        information_path(path, COLORS, given=PathSite(other, "decoder.L0.resid_post"))
+        information_path(path, COLORS, condition=PathSite(other, "decoder.L0.resid_post"))
     swapped = MemorySource({"resid_post": np.zeros((120, 1, 6))}, alone.frame().iloc[::-1])
     with pytest.raises(StoreError, match="their order differs"):
-        information_path(path, COLORS, given=PathSite(swapped, "decoder.L0.resid_post"))
+        information_path(path, COLORS, condition=PathSite(swapped, "decoder.L0.resid_post"))

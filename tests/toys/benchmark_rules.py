@@ -20,8 +20,8 @@ def pope_no(text: str) -> bool:
 def counts(pairs: Sequence[tuple[bool, bool]]) -> tuple[int, int, int, int]:
     """Return TP, FP, TN, FN of (said yes, is yes)."""
     tp = fp = tn = fn = 0
-    for said, true in pairs:
-        if said:
+    for answer, true in pairs:
+        if answer:
             tp, fp = tp + true, fp + (not true)
         else:
             fn, tn = fn + true, tn + (not true)
@@ -141,7 +141,7 @@ def hallusion(data: Sequence[Row]) -> dict[str, float]:
     hard = shares([r for r in data if r["visual_input"] == "2"], *pair)
     with_image = [r for r in data if not (r["category"] == "VS" and str(r["figure_id"]) == "0")]
     figures = shares(with_image, "category", "subcategory", "set_id", "figure_id")
-    said = [int(r["ok"] == int(r["gt_answer"])) for r in data]
+    answer = [int(r["ok"] == int(r["gt_answer"])) for r in data]
     truth = [int(r["gt_answer"]) for r in data]
     bad = [int(r["gt_answer"]) for r in data if r["ok"] == 0]
     return {
@@ -155,7 +155,7 @@ def hallusion(data: Sequence[Row]) -> dict[str, float]:
         "LH": lh / errors,
         "VI": vi / errors,
         "Mixed": mixed / errors,
-        "yes_bias": sum(said) / len(said) - sum(truth) / len(truth),
+        "yes_bias": sum(answer) / len(answer) - sum(truth) / len(truth),
         "false_yes_of_wrong": (len(bad) - sum(bad)) / len(bad),
     }
 
