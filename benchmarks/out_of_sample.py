@@ -46,11 +46,11 @@ from behavior.metrics import METRICS
 from benchmarks._harness import describe_device, finish, option_parser, progress, wide_console
 from circuits import HeadScores, compare, patch_heads, top_heads
 from concepts import counterfactuals, scenes
+from concepts.annotated_object import AnnotatedObject, Box
 from concepts.concept import LEVELS
 from concepts.counterfactual_pair import CounterfactualPair
 from concepts.image_files import BytesImage
 from concepts.image_source import ImageSource
-from concepts.scene_object import Box, SceneObject
 from concepts.scenes.icons import COLORS, icon
 from concepts.scenes.scene import SIDE, Scene
 from concepts.schema import ConceptDataset, Example
@@ -134,7 +134,7 @@ def rotate_box(box: Box) -> Box:
     return Box(float(x0), float(y0), float(x1), float(y1))
 
 
-def rotate_object(item: SceneObject) -> SceneObject:
+def rotate_object(item: AnnotatedObject) -> AnnotatedObject:
     """Return the object with its box in the rotated image."""
     return replace(item, box=rotate_box(item.require_box()))
 

@@ -2,7 +2,7 @@
 
 `schema`
     Examples, and the datasets that they are in.
-`scene_object`, `image_source`, `question`
+`annotated_object`, `image_source`, `question`
     Parts of an example: annotated objects with their boxes, the image, and a question with its answer.
 `counterfactual_pair`
     Two examples that differ in one stated thing.

@@ -1,6 +1,7 @@
 """Public names of `concepts`, each with the module that it comes from."""
 
 from . import counterfactuals, loaders, scenes
+from .annotated_object import AnnotatedObject, Box
 from .combination import combine_datasets, dataset_parts
 from .concept import Concept
 from .counterfactual_pair import CounterfactualPair
@@ -10,10 +11,10 @@ from .mention import Mention
 from .mention_labels import with_mentions
 from .question import Question
 from .run_length_masks import RunLengthMask
-from .scene_object import Box, SceneObject
 from .schema import ConceptDataset, Example
 
 __all__ = [
+    "AnnotatedObject",
     "Box",
     "BytesImage",
     "Concept",
@@ -26,7 +27,6 @@ __all__ = [
     "NoImage",
     "Question",
     "RunLengthMask",
-    "SceneObject",
     "combine_datasets",
     "counterfactuals",
     "dataset_parts",

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from PIL import Image
 
+from concepts.annotated_object import Box
 from concepts.image_source import ImageSource
-from concepts.scene_object import Box
 from groundscope.core.errors import DataError
 
 

@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, overload
 
+from concepts.annotated_object import AnnotatedObject
 from concepts.concept import Level
 from concepts.image_source import ImageSource, NoImage
 from concepts.mention import Mention
-from concepts.scene_object import SceneObject
 from groundscope.core.errors import ConfigError, DataError
 from groundscope.core.short_repr import short_repr
 from groundscope.core.text import format_count, nearest
@@ -55,7 +55,7 @@ class Example:
     """The image or scene; training and test data never share a group, and intervals are clustered by it."""
     labels: Mapping[str, bool | float] = field(default_factory=dict)
     """Truth by concept (``level:name``, or a free name), or a number; concepts that do not apply are missing."""
-    objects: tuple[SceneObject, ...] = ()
+    objects: tuple[AnnotatedObject, ...] = ()
     """The annotated objects of the image."""
     subject: str | None = None
     """Id of the object of the question; None if the object is not in the image."""
@@ -95,7 +95,7 @@ class Example:
         """The images of the question in order: none (`NoImage`), one, or several."""
         return () if isinstance(self.image, NoImage) else (self.image, *self.further_images)
 
-    def named_object(self) -> SceneObject | None:
+    def named_object(self) -> AnnotatedObject | None:
         """Return the object of the question, or None if it is not in the image."""
         return next((o for o in self.objects if o.id == self.subject), None)
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from concepts.annotated_object import Box, check_box
 from concepts.image_source import ImageSource
-from concepts.scene_object import Box, check_box
 from concepts.schema import Example
 from groundscope.core.bounded_cache import BoundedCache
 from groundscope.core.errors import ModelError

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
-from concepts.scene_object import Box
+from concepts.annotated_object import Box
 from groundscope.core.errors import SiteError
 from groundscope.core.short_repr import short_repr
 from groundscope.core.text import nearest
@@ -24,7 +24,7 @@ class PatchGrid:
 
     Examples
     --------
-    >>> from concepts.scene_object import Box
+    >>> from concepts.annotated_object import Box
     >>> from lvlm import PatchGrid
     >>> grid = PatchGrid(rows=2, columns=3, patch=Box(0, 0, 16, 16))
     >>> grid.count, grid.box(4)

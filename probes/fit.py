@@ -25,7 +25,7 @@ from probes.protocol.inputs import (
     read_labels,
     row_mask,
 )
-from probes.protocol.numbers import NUMBER_SCORES
+from probes.protocol.number_labels import NUMBER_SCORES
 from probes.protocol.splits import is_number
 from probes.protocol.tasks import SplitRows, Task, build_tasks, split_possible, split_rows
 

@@ -23,7 +23,7 @@ from groundscope.core.text import nearest
 from groundscope.core.user_files import read_bytes
 from probes.protocol.checkpoint import STORED_NAMES
 from probes.protocol.inputs import ProbedArray
-from probes.protocol.numbers import NUMBER_SCORES
+from probes.protocol.number_labels import NUMBER_SCORES
 from probes.protocol.splits import is_number
 
 if TYPE_CHECKING:

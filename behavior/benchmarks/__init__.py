@@ -18,8 +18,8 @@ One module for each benchmark, whose docstring lists what its release does and t
 
 from behavior.benchmarks.answer_formats import ANSWER_FORMATS, AnswerFormat, Reading
 from behavior.benchmarks.asking import AskedBenchmark, ask, benchmark_data
+from behavior.benchmarks.questions import TASKS, AnsweredQuestion, BenchmarkQuestion, BenchmarkScore
 from behavior.benchmarks.registry import BENCHMARKS, register
-from behavior.benchmarks.rows import TASKS, AnsweredQuestion, BenchmarkQuestion, BenchmarkScore
 from behavior.benchmarks.scoring import questions, score_files, write_requests
 from behavior.benchmarks.specification import AnswerLayout, Benchmark, Judge, Scoring
 

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from behavior import amber
-from behavior.benchmarks.figures import groups_of, score_of, share, summed
-from behavior.benchmarks.rows import BenchmarkQuestion, BenchmarkScore
+from behavior.benchmarks.questions import BenchmarkQuestion, BenchmarkScore
+from behavior.benchmarks.rates import groups_of, score_of, share, summed
 from behavior.benchmarks.specification import QUESTIONS, AnswerLayout, Benchmark, Scoring
 from behavior.parsing import amber_release, vlmevalkit
 from behavior.result import BehaviorResult, Cost

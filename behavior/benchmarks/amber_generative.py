@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from behavior.benchmarks.figures import groups_of, score_of, share, with_value
-from behavior.benchmarks.rows import BenchmarkQuestion, BenchmarkScore
+from behavior.benchmarks.questions import BenchmarkQuestion, BenchmarkScore
+from behavior.benchmarks.rates import groups_of, score_of, share, with_value
 from behavior.benchmarks.specification import QUESTIONS, AnswerLayout, Benchmark, Scoring
 from concepts.loaders.amber import GENERATIVE, annotations_by_id
 from concepts.nouns import singular

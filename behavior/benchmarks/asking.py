@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from behavior.benchmarks.answer_journal import AnswerJournal
 from behavior.benchmarks.joining import check_unique
-from behavior.benchmarks.records import write_lines
+from behavior.benchmarks.questions import AnsweredQuestion, BenchmarkQuestion, BenchmarkScore
+from behavior.benchmarks.record_files import write_lines
 from behavior.benchmarks.registry import BENCHMARKS
-from behavior.benchmarks.rows import AnsweredQuestion, BenchmarkQuestion, BenchmarkScore
 from behavior.benchmarks.scoring import score_files
 from behavior.benchmarks.specification import QUESTIONS, Benchmark
 from behavior.result import Cost

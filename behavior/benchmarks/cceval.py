@@ -22,9 +22,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from behavior.benchmarks import records
-from behavior.benchmarks.figures import groups_of, raw_mean, raw_ratio, score_of, share
-from behavior.benchmarks.rows import AnsweredQuestion, BenchmarkQuestion, BenchmarkScore
+from behavior.benchmarks import record_files
+from behavior.benchmarks.questions import AnsweredQuestion, BenchmarkQuestion, BenchmarkScore
+from behavior.benchmarks.rates import groups_of, raw_mean, raw_ratio, score_of, share
 from behavior.benchmarks.specification import QUESTIONS, AnswerLayout, Benchmark, Judge, Scoring
 from concepts.reading.record import Record, abbreviate, is_text
 from groundscope.core.errors import DataError
@@ -82,7 +82,7 @@ def _read_answers(path: Path, files: Mapping[str, Path]) -> list[AnsweredQuestio
     """Return the first 100 captions, with the true objects at their place."""
     questions = {q.id: q for q in _read(files)}
     rows = []
-    readings = records.read_answered(path, _place, ("text",))[:CAPTIONS]
+    readings = record_files.read_answered(path, _place, ("text",))[:CAPTIONS]
     for reading in readings:
         question = questions.get(reading.question.id)
         if question is None:
@@ -106,7 +106,7 @@ def _place(number: int, record: Record) -> BenchmarkQuestion:
 
 def _write_requests(rows: Sequence[AnsweredQuestion], path: Path) -> int:
     ordered = sorted(rows, key=lambda r: int(r.question.id))
-    return records.write_list(
+    return record_files.write_list(
         path,
         (
             {
@@ -176,6 +176,6 @@ CCEVAL = Benchmark(
     _read,
     _score,
     AnswerLayout(("text",), ids=("id",), image=("image_id",)),
-    judge=Judge(_write_requests, lambda path: records.verdicts(path, _verdict, ids=("id",))),
+    judge=Judge(_write_requests, lambda path: record_files.verdicts(path, _verdict, ids=("id",))),
     read_answers=_read_answers,
 )

@@ -10,16 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from behavior.benchmarks import records
-from behavior.benchmarks.figures import score_of
-from behavior.benchmarks.rows import AnsweredQuestion, BenchmarkQuestion, BenchmarkScore
+from behavior.benchmarks import record_files
+from behavior.benchmarks.questions import AnsweredQuestion, BenchmarkQuestion, BenchmarkScore
+from behavior.benchmarks.rates import score_of
 from behavior.benchmarks.specification import QUESTIONS, AnswerLayout, Benchmark, Scoring
 from behavior.chair import COCO_CATEGORIES, COCO_PHRASES, COCO_SYNONYMS, read_synonyms, score_captions
 from behavior.result import BehaviorResult, Cost
+from concepts.annotated_object import AnnotatedObject
 from concepts.image_source import NoImage
 from concepts.reading.json_stream import stream
 from concepts.reading.record import Record
-from concepts.scene_object import SceneObject
 from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import DataError
 
@@ -28,7 +28,7 @@ _TEXTS = ("caption", "text")
 
 
 def _read_answers(path: Path, files: Mapping[str, Path]) -> list[AnsweredQuestion]:
-    rows = records.read_answered(path, _image, _TEXTS)
+    rows = record_files.read_answered(path, _image, _TEXTS)
     image_ids = {r.question.id for r in rows}
     objects = _objects(files[QUESTIONS], image_ids)
     captions = _captions(files[CAPTIONS], image_ids) if CAPTIONS in files else {}
@@ -114,7 +114,7 @@ def _score(scoring: Scoring) -> BenchmarkScore:
     examples = tuple(
         Example(
             r.question.id, NoImage(), "Describe the image.", r.question.answer, (), "object", "caption", "caption", r.question.id,
-            objects=tuple(SceneObject(str(i), noun, None) for i, noun in enumerate(r.question.fields["objects"])),
+            objects=tuple(AnnotatedObject(str(i), noun, None) for i, noun in enumerate(r.question.fields["objects"])),
         )
         for r in rows
     )  # fmt: skip

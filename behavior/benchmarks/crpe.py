@@ -19,9 +19,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from behavior.benchmarks import records
-from behavior.benchmarks.figures import grouped, incomplete_note, score_of, share
-from behavior.benchmarks.rows import AnsweredQuestion, BenchmarkQuestion, BenchmarkScore
+from behavior.benchmarks import record_files
+from behavior.benchmarks.questions import AnsweredQuestion, BenchmarkQuestion, BenchmarkScore
+from behavior.benchmarks.rates import grouped, incomplete_note, score_of, share
 from behavior.benchmarks.specification import QUESTIONS, AnswerLayout, Benchmark, Scoring
 from concepts.reading.record import Record, is_text
 from groundscope.core.errors import DataError
@@ -53,7 +53,7 @@ def _question(number: int, record: Record) -> BenchmarkQuestion:
     by_index = "index" in record.values
     return BenchmarkQuestion(
         record.identifier("index" if by_index else "question_id"),
-        records.text_or_empty(record, "image_path") or _name(record),
+        record_files.text_or_empty(record, "image_path") or _name(record),
         record.text("question", "text"),
         truth,
         "choice",
@@ -73,7 +73,7 @@ def _name(record: Record) -> str:
 
 
 def _read(files: Mapping[str, Path]) -> list[BenchmarkQuestion]:
-    questions = records.read_questions(files[QUESTIONS], _question)
+    questions = record_files.read_questions(files[QUESTIONS], _question)
     if len(questions) % _ROWS:
         msg = f"{files[QUESTIONS]}: {len(questions)} rows, but each question has four consecutive rows"
         raise DataError(msg)
@@ -82,7 +82,7 @@ def _read(files: Mapping[str, Path]) -> list[BenchmarkQuestion]:
 
 def _read_answers(path: Path, _: Mapping[str, Path]) -> list[AnsweredQuestion]:
     # A cell that pandas reads as missing is the text "nan" for the release.
-    rows = records.read_answered(path, _question, ("prediction", "text"), missing="nan")
+    rows = record_files.read_answered(path, _question, ("prediction", "text"), missing="nan")
     if len(rows) % _ROWS:
         msg = f"{path}: {len(rows)} rows, but each question has four consecutive rows"
         raise DataError(msg)

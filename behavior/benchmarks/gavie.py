@@ -21,9 +21,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from behavior.benchmarks import records
-from behavior.benchmarks.figures import average, score_of
-from behavior.benchmarks.rows import AnsweredQuestion, BenchmarkQuestion, BenchmarkScore
+from behavior.benchmarks import record_files
+from behavior.benchmarks.questions import AnsweredQuestion, BenchmarkQuestion, BenchmarkScore
+from behavior.benchmarks.rates import average, score_of
 from behavior.benchmarks.specification import QUESTIONS, AnswerLayout, Benchmark, Judge, Scoring
 from concepts.reading.record import Record
 from groundscope.core.errors import DataError
@@ -71,7 +71,7 @@ def _read(files: Mapping[str, Path]) -> list[BenchmarkQuestion]:
             where=record.where,
         )
 
-    return records.read_questions(files[QUESTIONS], make)
+    return record_files.read_questions(files[QUESTIONS], make)
 
 
 def _regions(path: Path) -> dict[str, str]:
@@ -94,7 +94,7 @@ def _write_requests(rows: Sequence[AnsweredQuestion], path: Path) -> int:
     if lacking is not None:
         msg = f"GAVIE's judge reads regions, and image '{lacking.question.image}' has none; give files={{'regions': …}}"
         raise DataError(msg)
-    return records.write_lines(
+    return record_files.write_lines(
         path,
         (
             {"id": r.question.id, "image_id": r.question.image, "bounding box": r.question.fields["regions"],
@@ -106,7 +106,7 @@ def _write_requests(rows: Sequence[AnsweredQuestion], path: Path) -> int:
 
 def _verdict(record: Record) -> dict[str, float] | None:
     if "reply" in record.values:
-        return read_ratings(records.reply_of(record, "reply"))
+        return read_ratings(record_files.reply_of(record, "reply"))
     if "verdict" in record.values and record.values["verdict"] is None:
         return None
     values: dict[str, Any] = dict(zip(RATINGS, record.numbers(*RATINGS), strict=True))
@@ -142,5 +142,5 @@ GAVIE = Benchmark(
         ("answer", "response", "text"), ids=("id",), question=("instruction", "question"), image=("image_id",)
     ),
     optional=(REGIONS,),
-    judge=Judge(_write_requests, lambda path: records.verdicts(path, _verdict, ids=("id",))),
+    judge=Judge(_write_requests, lambda path: record_files.verdicts(path, _verdict, ids=("id",))),
 )

@@ -17,9 +17,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from behavior.benchmarks import records
-from behavior.benchmarks.figures import groups_of, score_of, share
-from behavior.benchmarks.rows import AnsweredQuestion, BenchmarkQuestion, BenchmarkScore
+from behavior.benchmarks import record_files
+from behavior.benchmarks.questions import AnsweredQuestion, BenchmarkQuestion, BenchmarkScore
+from behavior.benchmarks.rates import groups_of, score_of, share
 from behavior.benchmarks.specification import QUESTIONS, AnswerLayout, Benchmark, Judge, Scoring
 from concepts.loaders.table import read_rows
 from concepts.reading.record import Record, abbreviate, is_text
@@ -56,15 +56,15 @@ class _Numbered:
 
 
 def _read(files: Mapping[str, Path]) -> list[BenchmarkQuestion]:
-    return records.read_questions(files[QUESTIONS], _Numbered())
+    return record_files.read_questions(files[QUESTIONS], _Numbered())
 
 
 def _read_answers(path: Path, _: Mapping[str, Path]) -> list[AnsweredQuestion]:
-    return records.read_answered(path, _Numbered(), _TEXT)
+    return record_files.read_answered(path, _Numbered(), _TEXT)
 
 
 def _write_requests(rows: Sequence[AnsweredQuestion], path: Path) -> int:
-    return records.write_lines(
+    return record_files.write_lines(
         path,
         (
             {
@@ -82,7 +82,7 @@ def _read_verdicts(path: Path) -> list[tuple[str | None, bool | None, str]]:
     return [
         (
             record.identifier("id", "image") if "id" in record.values or "image" in record.values else None,
-            records.yes_no_verdict(record, "verdict", "reply"),
+            record_files.yes_no_verdict(record, "verdict", "reply"),
             record.where,
         )
         for record in read_rows(path)

@@ -26,9 +26,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from behavior.benchmarks import records
-from behavior.benchmarks.figures import grouped, groups_of, incomplete_note, score_of, share
-from behavior.benchmarks.rows import AnsweredQuestion, BenchmarkQuestion, BenchmarkScore
+from behavior.benchmarks import record_files
+from behavior.benchmarks.questions import AnsweredQuestion, BenchmarkQuestion, BenchmarkScore
+from behavior.benchmarks.rates import grouped, groups_of, incomplete_note, score_of, share
 from behavior.benchmarks.specification import QUESTIONS, AnswerLayout, Benchmark, Judge, Scoring
 from behavior.parsing import vlmevalkit, yes_no
 from concepts.reading.record import Record
@@ -75,30 +75,30 @@ def _question(_: int, record: Record) -> BenchmarkQuestion:
     own = [fields[name] for name in ("category", "subcategory", "visual_input", "set_id", "figure_id", "question_id")]
     return BenchmarkQuestion(
         _key(record),
-        records.text_or_empty(record, "filename"),
+        record_files.text_or_empty(record, "filename"),
         record.text("question"),
-        records.label_of(record, "gt_answer", {"1": "yes", "0": "no"}),
+        record_files.label_of(record, "gt_answer", {"1": "yes", "0": "no"}),
         "yes/no",
         kind=fields["subcategory"],
         split=fields["category"],
         candidates=("yes", "no"),
         aliases=("_".join(own),),
         fields=fields
-        | {"gt_answer_details": records.text_or_empty(record, "gt_answer_details"), "record": record.values},
+        | {"gt_answer_details": record_files.text_or_empty(record, "gt_answer_details"), "record": record.values},
         where=record.where,
     )
 
 
 def _read(files: Mapping[str, Path]) -> list[BenchmarkQuestion]:
-    return records.read_questions(files[QUESTIONS], _question)
+    return record_files.read_questions(files[QUESTIONS], _question)
 
 
 def _read_answers(path: Path, _: Mapping[str, Path]) -> list[AnsweredQuestion]:
-    return records.read_answered(path, _question, _TEXT)
+    return record_files.read_answered(path, _question, _TEXT)
 
 
 def _write_requests(rows: Sequence[AnsweredQuestion], path: Path) -> int:
-    return records.write_list(path, (dict(r.question.fields["record"]) | {_TEXT[0]: r.text} for r in rows))
+    return record_files.write_list(path, (dict(r.question.fields["record"]) | {_TEXT[0]: r.text} for r in rows))
 
 
 def _read_verdict(record: Record) -> tuple[str, bool | None]:
@@ -106,8 +106,8 @@ def _read_verdict(record: Record) -> tuple[str, bool | None]:
     values = record.values
     same = values.get("same")
     if "reply" in values:
-        check = read_check(records.reply_of(record, "reply"))
-        compared = read_same(records.reply_of(record, "same_reply")) if "same_reply" in values else None
+        check = read_check(record_files.reply_of(record, "reply"))
+        compared = read_same(record_files.reply_of(record, "same_reply")) if "same_reply" in values else None
         return check, compared
     check = str(record.field(*_CHECKS))
     if check not in {WRONG, RIGHT, UNCLEAR} or str(same) not in {"None", "0", "1"}:
@@ -118,7 +118,7 @@ def _read_verdict(record: Record) -> tuple[str, bool | None]:
 
 def _read_verdicts(path: Path) -> list[tuple[str | None, Any, str]]:
     result: list[tuple[str | None, Any, str]] = []
-    for number, verdict, where in records.verdicts(path, lambda r: (r, _read_verdict(r)), ids=("id", "index")):
+    for number, verdict, where in record_files.verdicts(path, lambda r: (r, _read_verdict(r)), ids=("id", "index")):
         record, checked = verdict
         result.append((_key(record) if number is None and _KEY[0] in record.values else number, checked, where))
     return result

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from behavior.benchmarks.answer_formats import Reading
-from behavior.benchmarks.rows import AnsweredQuestion, BenchmarkQuestion
+from behavior.benchmarks.questions import AnsweredQuestion, BenchmarkQuestion
 from concepts.loaders.pope import same_wording
 from groundscope.core.errors import DataError
 from groundscope.core.text import format_count

@@ -20,9 +20,9 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from behavior.benchmarks import records
-from behavior.benchmarks.figures import score_of, with_value
-from behavior.benchmarks.rows import AnsweredQuestion, BenchmarkQuestion, BenchmarkScore
+from behavior.benchmarks import record_files
+from behavior.benchmarks.questions import AnsweredQuestion, BenchmarkQuestion, BenchmarkScore
+from behavior.benchmarks.rates import score_of, with_value
 from behavior.benchmarks.specification import QUESTIONS, AnswerLayout, Benchmark, Judge, Scoring
 from concepts.reading.record import Record, abbreviate
 from groundscope.core.errors import DataError
@@ -50,22 +50,22 @@ def _read(files: Mapping[str, Path]) -> list[BenchmarkQuestion]:
     def make(_: int, record: Record) -> BenchmarkQuestion:
         return BenchmarkQuestion(
             record.identifier("question_id"),
-            records.text_or_empty(record, "image"),
+            record_files.text_or_empty(record, "image"),
             record.text("text"),
             "",
             "judged",
-            kind=records.text_or_empty(record, "category"),
+            kind=record_files.text_or_empty(record, "category"),
             where=record.where,
         )
 
-    return records.read_questions(files[QUESTIONS], make)
+    return record_files.read_questions(files[QUESTIONS], make)
 
 
 def _write_requests(rows: Sequence[AnsweredQuestion], path: Path) -> int:
     def number(question: BenchmarkQuestion) -> int | str:
         return int(question.id) if question.id.isdecimal() else question.id
 
-    return records.write_lines(
+    return record_files.write_lines(
         path,
         (
             {"question_id": number(r.question), "prompt": r.question.text, "text": r.text, "answer_id": r.question.id,
@@ -78,7 +78,7 @@ def _write_requests(rows: Sequence[AnsweredQuestion], path: Path) -> int:
 def _verdict(record: Record) -> tuple[float, float]:
     pair = record.values.get("tuple")
     if pair is None:
-        return read_ratings(records.reply_of(record, "content", "reply"))
+        return read_ratings(record_files.reply_of(record, "content", "reply"))
     if (
         not isinstance(pair, list)
         or len(pair) != 2
@@ -133,5 +133,5 @@ LLAVA_BENCH = Benchmark(
         "release": "unreadable reviews are -1, figures rounded as printed",
         "judged_only": "unreadable reviews are left out",
     },
-    judge=Judge(_write_requests, lambda path: records.verdicts(path, _verdict, ids=("question_id",))),
+    judge=Judge(_write_requests, lambda path: record_files.verdicts(path, _verdict, ids=("question_id",))),
 )

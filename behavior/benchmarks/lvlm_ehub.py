@@ -22,9 +22,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from behavior.benchmarks import records
-from behavior.benchmarks.figures import groups_of, score_of, share
-from behavior.benchmarks.rows import AnsweredQuestion, BenchmarkQuestion, BenchmarkScore
+from behavior.benchmarks import record_files
+from behavior.benchmarks.questions import AnsweredQuestion, BenchmarkQuestion, BenchmarkScore
+from behavior.benchmarks.rates import groups_of, score_of, share
 from behavior.benchmarks.specification import QUESTIONS, AnswerLayout, Benchmark, Scoring
 from behavior.parsing import yes_no
 from concepts.loaders.pope import pope_questions
@@ -121,10 +121,10 @@ def _read(files: Mapping[str, Path]) -> list[BenchmarkQuestion]:
 
 def _question_of_answer(number: int, record: Record) -> BenchmarkQuestion:
     return BenchmarkQuestion(
-        records.text_or_empty(record, "question_id") or str(number),
+        record_files.text_or_empty(record, "question_id") or str(number),
         Path(record.text("image_path")).name,
         record.text("question"),
-        records.label_of(record, "gt_answers", {"yes": "yes", "no": "no"}),
+        record_files.label_of(record, "gt_answers", {"yes": "yes", "no": "no"}),
         "yes/no",
         level="object",
         kind="existence",
@@ -134,11 +134,11 @@ def _question_of_answer(number: int, record: Record) -> BenchmarkQuestion:
 
 
 def _read_answers(path: Path, _: Mapping[str, Path]) -> list[AnsweredQuestion]:
-    return records.read_answered(path, _question_of_answer, ("answer",))
+    return record_files.read_answered(path, _question_of_answer, ("answer",))
 
 
 def _write(rows: Sequence[AnsweredQuestion], path: Path) -> int:
-    return records.write_lines(
+    return record_files.write_lines(
         path,
         (
             {"question_id": r.question.id, "image_path": r.question.image, "question": r.question.text,

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from behavior import mme
-from behavior.benchmarks.figures import grouped, score_of, summed
-from behavior.benchmarks.rows import AnsweredQuestion, BenchmarkQuestion, BenchmarkScore
+from behavior.benchmarks.questions import AnsweredQuestion, BenchmarkQuestion, BenchmarkScore
+from behavior.benchmarks.rates import grouped, score_of, summed
 from behavior.benchmarks.specification import QUESTIONS, AnswerLayout, Benchmark, Scoring
 from behavior.parsing import PARSERS
 from concepts.loaders.mme import COGNITION, LEVEL_OF, answer_of, subtask_files

@@ -17,9 +17,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from behavior.benchmarks import records
-from behavior.benchmarks.figures import average, score_of, share
-from behavior.benchmarks.rows import AnsweredQuestion, BenchmarkQuestion, BenchmarkScore
+from behavior.benchmarks import record_files
+from behavior.benchmarks.questions import AnsweredQuestion, BenchmarkQuestion, BenchmarkScore
+from behavior.benchmarks.rates import average, score_of, share
 from behavior.benchmarks.specification import QUESTIONS, AnswerLayout, Benchmark, Judge, Scoring
 from concepts.reading.record import Record, is_text
 from groundscope.core.errors import DataError
@@ -56,7 +56,7 @@ def _question(number: int, record: Record) -> BenchmarkQuestion:
     content = record.values.get("image_content")
     return BenchmarkQuestion(
         str(number),
-        records.text_or_empty(record, "image_id", "image_src"),
+        record_files.text_or_empty(record, "image_id", "image_src"),
         record.text("question"),
         record.text("gt_answer"),
         "judged",
@@ -68,16 +68,16 @@ def _question(number: int, record: Record) -> BenchmarkQuestion:
 
 
 def _read(files: Mapping[str, Path]) -> list[BenchmarkQuestion]:
-    return records.read_questions(files[QUESTIONS], _question)
+    return record_files.read_questions(files[QUESTIONS], _question)
 
 
 def _read_answers(path: Path, _: Mapping[str, Path]) -> list[AnsweredQuestion]:
-    return records.read_answered(path, _question, _TEXT)
+    return record_files.read_answered(path, _question, _TEXT)
 
 
 def _write_requests(rows: Sequence[AnsweredQuestion], path: Path) -> int:
     ordered = sorted(rows, key=lambda r: int(r.question.id))
-    return records.write_list(path, (dict(r.question.fields["record"]) | {_TEXT[0]: r.text} for r in ordered))
+    return record_files.write_list(path, (dict(r.question.fields["record"]) | {_TEXT[0]: r.text} for r in ordered))
 
 
 def _verdict(record: Record) -> int | None:
@@ -90,7 +90,7 @@ def _verdict(record: Record) -> int | None:
     if "reply" in record.values and not is_text(record.values["reply"]):
         msg = f"{record.where}: field 'reply' must hold text"
         raise DataError(msg)
-    return read_rating(records.reply_of(record, "reply"))
+    return read_rating(record_files.reply_of(record, "reply"))
 
 
 def _score(scoring: Scoring) -> BenchmarkScore:
@@ -132,7 +132,7 @@ MMHAL = Benchmark(
     variants={"release": "an unreadable rating is 0", "judged_only": "answers without a readable rating are left out"},
     judge=Judge(
         _write_requests,
-        lambda path: records.verdicts(path, _verdict, ids=("id",) if _has_ids(path) else ()),
+        lambda path: record_files.verdicts(path, _verdict, ids=("id",) if _has_ids(path) else ()),
         by_place=True,
     ),
     read_answers=_read_answers,

@@ -17,9 +17,9 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from behavior.benchmarks import records
-from behavior.benchmarks.figures import grouped, groups_of, incomplete_note, score_of, share
-from behavior.benchmarks.rows import AnsweredQuestion, BenchmarkQuestion, BenchmarkScore
+from behavior.benchmarks import record_files
+from behavior.benchmarks.questions import AnsweredQuestion, BenchmarkQuestion, BenchmarkScore
+from behavior.benchmarks.rates import grouped, groups_of, incomplete_note, score_of, share
 from behavior.benchmarks.specification import QUESTIONS, AnswerLayout, Benchmark, Judge, Scoring
 from concepts.reading.record import Record
 from groundscope.core.errors import DataError
@@ -78,14 +78,14 @@ def _make(number: str, question: str, options: str, truth: str, where: str) -> B
 
 def _read(files: Mapping[str, Path]) -> list[BenchmarkQuestion]:
     def make(number: int, record: Record) -> BenchmarkQuestion:
-        index = records.text_or_empty(record, "Index", "lndex") or str(
+        index = record_files.text_or_empty(record, "Index", "lndex") or str(
             number + 1
         )  # the header of the release is misspelled
         return _make(
             index, record.text("Question"), record.text("Options"), record.text("Correct Answer"), record.where
         )
 
-    return records.read_questions(files[QUESTIONS], make)
+    return record_files.read_questions(files[QUESTIONS], make)
 
 
 def _read_answers(path: Path, _: Mapping[str, Path]) -> list[AnsweredQuestion]:
@@ -95,11 +95,11 @@ def _read_answers(path: Path, _: Mapping[str, Path]) -> list[AnsweredQuestion]:
         question, options = (prompt[:start].strip(), prompt[start:]) if start >= 0 else (prompt, "")
         return _make(record.identifier("question_id"), question, options, record.text("answer"), record.where)
 
-    return records.read_answered(path, make, _TEXT)
+    return record_files.read_answered(path, make, _TEXT)
 
 
 def _write_requests(rows: Sequence[AnsweredQuestion], path: Path) -> int:
-    return records.write_lines(
+    return record_files.write_lines(
         path,
         (
             {"question_id": r.question.id, "prompt": r.question.text, "answer": r.question.answer, "response": r.text}
@@ -160,7 +160,7 @@ MMVP = Benchmark(
     },
     judge=Judge(
         _write_requests,
-        lambda path: records.verdicts(path, lambda r: records.yes_no_verdict(r, "reply", "verdict") is True),
+        lambda path: record_files.verdicts(path, lambda r: record_files.yes_no_verdict(r, "reply", "verdict") is True),
     ),
     read_answers=_read_answers,
     answers_hold_questions=True,

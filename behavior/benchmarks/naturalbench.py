@@ -17,9 +17,9 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from behavior.benchmarks import records
-from behavior.benchmarks.figures import grouped, incomplete_note, score_of, share
-from behavior.benchmarks.rows import AnsweredQuestion, BenchmarkQuestion, BenchmarkScore
+from behavior.benchmarks import record_files
+from behavior.benchmarks.questions import AnsweredQuestion, BenchmarkQuestion, BenchmarkScore
+from behavior.benchmarks.rates import grouped, incomplete_note, score_of, share
 from behavior.benchmarks.specification import QUESTIONS, AnswerLayout, Benchmark, Scoring
 from concepts.loaders.table import read_rows
 from concepts.reading.record import Record
@@ -53,8 +53,8 @@ def read_choice(text: str, task: str = "yes/no") -> int:
 def _read(files: Mapping[str, Path]) -> list[BenchmarkQuestion]:
     questions: list[BenchmarkQuestion] = []
     for number, record in enumerate(read_rows(files[QUESTIONS])):
-        index = records.text_or_empty(record, "Index") or str(number)
-        task = records.label_of(
+        index = record_files.text_or_empty(record, "Index") or str(number)
+        task = record_files.label_of(
             record, "Question_Type" if "Question_Type" in record.values else "Question Type", _TYPES
         )
         for place, (q, i) in enumerate(_ORDER):

@@ -25,9 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from behavior.benchmarks import records
-from behavior.benchmarks.figures import groups_of, raw_mean, score_of, share
-from behavior.benchmarks.rows import AnsweredQuestion, BenchmarkQuestion, BenchmarkScore
+from behavior.benchmarks import record_files
+from behavior.benchmarks.questions import AnsweredQuestion, BenchmarkQuestion, BenchmarkScore
+from behavior.benchmarks.rates import groups_of, raw_mean, score_of, share
 from behavior.benchmarks.specification import QUESTIONS, AnswerLayout, Benchmark, Judge, Scoring
 from behavior.chair import COCO_PHRASES, COCO_SYNONYMS, read_synonyms
 from concepts.loaders.table import read_rows
@@ -129,11 +129,11 @@ def _read(files: Mapping[str, Path]) -> list[BenchmarkQuestion]:
             where=record.where,
         )
 
-    return records.read_questions(files[QUESTIONS], make)
+    return record_files.read_questions(files[QUESTIONS], make)
 
 
 def _write_requests(rows: Sequence[AnsweredQuestion], path: Path) -> int:
-    return records.write_lines(
+    return record_files.write_lines(
         path,
         (
             {"id": r.question.id, "image_id": r.question.image, "question": r.question.text, "answer": r.text}

@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from behavior.benchmarks.figures import score_of, summed
-from behavior.benchmarks.rows import BenchmarkQuestion, BenchmarkScore
+from behavior.benchmarks.questions import BenchmarkQuestion, BenchmarkScore
+from behavior.benchmarks.rates import score_of, summed
 from behavior.benchmarks.specification import QUESTIONS, AnswerLayout, Benchmark, Scoring
 from behavior.parsing import PARSERS
 from behavior.pope import score

@@ -25,9 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from behavior.benchmarks import records
-from behavior.benchmarks.figures import groups_of, score_of, share, with_value
-from behavior.benchmarks.rows import AnsweredQuestion, BenchmarkQuestion, BenchmarkScore
+from behavior.benchmarks import record_files
+from behavior.benchmarks.questions import AnsweredQuestion, BenchmarkQuestion, BenchmarkScore
+from behavior.benchmarks.rates import groups_of, score_of, share, with_value
 from behavior.benchmarks.specification import QUESTIONS, AnswerLayout, Benchmark, Scoring
 from behavior.parsing import pope_release, yes_no
 from concepts.reading.record import Record
@@ -143,11 +143,11 @@ def _question(_: int, record: Record) -> BenchmarkQuestion:
         msg = f"{record.where}: field 'label' must hold text, not {ascii(label)[:40]}"
         raise DataError(msg)
     answer = "no" if label and "no" in label.lower() else "yes"
-    about = records.text_or_empty(record, "type")
+    about = record_files.text_or_empty(record, "type")
     fields = {n: record.values[n] for n in ("subject", "object", "sub_box", "obj_box") if n in record.values}
     return BenchmarkQuestion(
         record.identifier("question_id"),
-        records.text_or_empty(record, "image"),
+        record_files.text_or_empty(record, "image"),
         record.text("text"),
         answer,
         "yes/no",
@@ -160,7 +160,7 @@ def _question(_: int, record: Record) -> BenchmarkQuestion:
 
 
 def _read(files: Mapping[str, Path]) -> list[BenchmarkQuestion]:
-    return records.read_questions(files[QUESTIONS], _question)
+    return record_files.read_questions(files[QUESTIONS], _question)
 
 
 def read_subsets(path: Path) -> list[list[str]]:

@@ -20,9 +20,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from behavior.benchmarks import records
-from behavior.benchmarks.figures import groups_of, score_of, share, summed
-from behavior.benchmarks.rows import AnsweredQuestion, BenchmarkQuestion, BenchmarkScore
+from behavior.benchmarks import record_files
+from behavior.benchmarks.questions import AnsweredQuestion, BenchmarkQuestion, BenchmarkScore
+from behavior.benchmarks.rates import groups_of, score_of, share, summed
 from behavior.benchmarks.specification import QUESTIONS, AnswerLayout, Benchmark, Judge, Scoring
 from concepts.reading.record import Record
 from groundscope.core.errors import DataError
@@ -60,15 +60,15 @@ def read_no(text: str) -> str:
 
 
 def _question(number: int, record: Record) -> BenchmarkQuestion:
-    task = records.label_of(record, "type", _TASKS)
+    task = record_files.label_of(record, "type", _TASKS)
     label = record.text("label").strip()
     if task == "yes/no" and label.lower() not in {"yes", "no"}:
         msg = f"{record.where}: field 'label' is '{label[:20]}', neither yes nor no"
         raise DataError(msg)
-    kind = records.text_or_empty(record, "relation_type").strip().lower()
+    kind = record_files.text_or_empty(record, "relation_type").strip().lower()
     return BenchmarkQuestion(
         f"{task}/{number}",
-        records.text_or_empty(record, "image_id"),
+        record_files.text_or_empty(record, "image_id"),
         record.text("query_prompt"),
         label.lower() if task == "yes/no" else label,
         task,
@@ -89,11 +89,11 @@ def _files(path: Path) -> list[Path]:
 
 
 def _read(files: Mapping[str, Path]) -> list[BenchmarkQuestion]:
-    return [q for file in _files(files[QUESTIONS]) for q in records.read_questions(file, _question)]
+    return [q for file in _files(files[QUESTIONS]) for q in record_files.read_questions(file, _question)]
 
 
 def _read_answers(path: Path, _: Mapping[str, Path]) -> list[AnsweredQuestion]:
-    return [row for file in _files(path) for row in records.read_answered(file, _question, _TEXT)]
+    return [row for file in _files(path) for row in record_files.read_answered(file, _question, _TEXT)]
 
 
 def _read_answer(row: AnsweredQuestion) -> str | None:
@@ -163,7 +163,7 @@ def _pairs(rows: Sequence[AnsweredQuestion]) -> dict[str, Estimate]:
 
 
 def _write_requests(rows: Sequence[AnsweredQuestion], path: Path) -> int:
-    return records.write_lines(
+    return record_files.write_lines(
         path,
         (
             {"id": r.question.id, "image_id": r.question.image, "query_prompt": r.question.text, "label": r.question.answer,
@@ -185,7 +185,9 @@ REEFKNOT = Benchmark(
     AnswerLayout(_TEXT, question=("query_prompt",), image=("image_id",)),
     judge=Judge(
         _write_requests,
-        lambda path: records.verdicts(path, lambda r: records.yes_no_verdict(r, "verdict", "reply"), ids=("id",)),
+        lambda path: record_files.verdicts(
+            path, lambda r: record_files.yes_no_verdict(r, "verdict", "reply"), ids=("id",)
+        ),
     ),
     read_answers=_read_answers,
     answers_hold_questions=True,

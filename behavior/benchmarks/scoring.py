@@ -9,8 +9,8 @@ from typing import Any
 
 from behavior.benchmarks.answer_formats import read_answer_file
 from behavior.benchmarks.joining import check_unique, join_answers
+from behavior.benchmarks.questions import AnsweredQuestion, BenchmarkQuestion, BenchmarkScore
 from behavior.benchmarks.registry import BENCHMARKS
-from behavior.benchmarks.rows import AnsweredQuestion, BenchmarkQuestion, BenchmarkScore
 from behavior.benchmarks.specification import QUESTIONS, Benchmark, Scoring
 from groundscope.core.errors import ConfigError, DataError
 from groundscope.core.text import format_count

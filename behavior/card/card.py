@@ -14,8 +14,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self
 
-from behavior.benchmarks.figures import share
-from behavior.benchmarks.rows import BenchmarkScore
+from behavior.benchmarks.questions import BenchmarkScore
+from behavior.benchmarks.rates import share
 from behavior.card.profiles import Profile, check_profiles
 from behavior.card.rows import ALL, NO_LEVEL, CardAnswer, CardDifference, CardFigure, CardRow, ModelFacts
 from behavior.card.symptoms import symptoms

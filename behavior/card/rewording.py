@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from behavior.benchmarks.figures import share
+from behavior.benchmarks.rates import share
 from behavior.parsing import YES_NO
 from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import ConfigError, GroundscopeError

@@ -17,7 +17,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
-from behavior.benchmarks.figures import average, grouped, share
+from behavior.benchmarks.rates import average, grouped, share
 from behavior.result import Answer
 from groundscope.core.statistics import Estimate
 

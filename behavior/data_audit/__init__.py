@@ -8,7 +8,7 @@
     How causes are found.
 `caption_fit`
     How well captions fit their images by a model, for the cause "mismatched captions".
-`rarity`
+`composition_rarity`
     Rarity of compositions, and splits by it.
 `senses`
     Nouns with two concrete senses.
@@ -18,8 +18,8 @@ Import from `behavior`: ``from behavior import audit``.
 
 from behavior.data_audit.audit import Audit, CauseErrors, audit
 from behavior.data_audit.caption_fit import caption_fit
+from behavior.data_audit.composition_rarity import Rarity, composition_rarity, hold_out_compositions, split_by_rarity
 from behavior.data_audit.finding import AuditedData, Cause, CauseReport, Finding, NotMeasuredError
-from behavior.data_audit.rarity import Rarity, composition_rarity, hold_out_compositions, split_by_rarity
 from behavior.data_audit.registry import CAUSES
 from behavior.data_audit.senses import SENSES
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from behavior.data_audit.composition_rarity import composition_rarity
 from behavior.data_audit.finding import AuditedData, Finding, NotMeasuredError
-from behavior.data_audit.rarity import composition_rarity
-from concepts.scene_object import SceneObject
+from concepts.annotated_object import AnnotatedObject
 from concepts.schema import Example
 from groundscope.core.text import format_count
 
@@ -16,7 +16,7 @@ BORDER = 1.0
 """Largest distance in pixels from a box to the border of the image that cuts the object off."""
 
 
-def _subjects(audited: AuditedData) -> list[tuple[Example, SceneObject]]:
+def _subjects(audited: AuditedData) -> list[tuple[Example, AnnotatedObject]]:
     rows = [(e, o) for e in audited.data if (o := e.named_object()) is not None and o.box is not None and e.images]
     if not rows:
         msg = "no question has a subject with a box"

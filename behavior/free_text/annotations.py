@@ -7,10 +7,10 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from concepts.annotated_object import AnnotatedObject
 from concepts.image_source import ImageSource
 from concepts.nouns import PresentNouns, asked_noun, canonical_noun
 from concepts.reading.annotation_questions import SPELLINGS, relation_name
-from concepts.scene_object import SceneObject
 from concepts.schema import ConceptDataset, Example
 
 
@@ -21,7 +21,7 @@ class ImageAnnotation:
     Examples
     --------
     >>> import groundscope as gs
-    >>> dog = gs.SceneObject("1", "dog", None, {"color": "brown"})
+    >>> dog = gs.AnnotatedObject("1", "dog", None, {"color": "brown"})
     >>> image = gs.ImageAnnotation("image 1", (dog,), absent=("cat",))
     >>> image.states_presence("puppy"), image.states_presence("cat"), image.states_presence("tree")
     (True, False, None)
@@ -29,7 +29,7 @@ class ImageAnnotation:
 
     id: str
     """The image: group of its questions."""
-    objects: tuple[SceneObject, ...] = ()
+    objects: tuple[AnnotatedObject, ...] = ()
     present: tuple[str, ...] = ()
     """Further nouns of objects that are in the image."""
     absent: tuple[str, ...] = ()
@@ -58,7 +58,7 @@ class ImageAnnotation:
         names = {canonical_noun(noun), canonical_noun(words[-1])} if words else set()
         return False if names & self._absent else None
 
-    def named(self, noun: str) -> tuple[SceneObject, ...]:
+    def named(self, noun: str) -> tuple[AnnotatedObject, ...]:
         """Return the annotated objects that a noun may name."""
         return tuple(o for o in self.objects if PresentNouns([o.noun]).includes(noun))
 
@@ -136,7 +136,7 @@ def annotation_of(examples: Sequence[Example]) -> ImageAnnotation:
 class _Collector:
     def __init__(self, group: str) -> None:
         self.group = group
-        self.objects: dict[str, SceneObject] = {}
+        self.objects: dict[str, AnnotatedObject] = {}
         self.facts: dict[str, bool] = {}
         self.relations: dict[tuple[str, str, str], bool] = {}
         self._seen: set[int] = set()

@@ -25,11 +25,11 @@ from typing import TYPE_CHECKING
 from behavior.free_text.annotations import ImageAnnotation, color_of
 from behavior.free_text.parser import parse_description
 from behavior.free_text.spans import Description, Span, Verdict
+from concepts.annotated_object import AnnotatedObject
 from concepts.concept import LEVELS, Level
 from concepts.nouns import number
 from concepts.reading.annotation_questions import COLORS, OPPOSITES, relation_name
 from concepts.reading.exclusive_values import ACTIONS, alternatives, attribute_kinds
-from concepts.scene_object import SceneObject
 from groundscope.core.errors import DataError
 from groundscope.core.short_repr import short_repr
 from groundscope.core.text import format_count
@@ -53,7 +53,7 @@ class LevelScores:
     Examples
     --------
     >>> import groundscope as gs
-    >>> image = gs.ImageAnnotation("1", (gs.SceneObject("o", "cat", None),), absent=("dog",))
+    >>> image = gs.ImageAnnotation("1", (gs.AnnotatedObject("o", "cat", None),), absent=("dog",))
     >>> objects = gs.score_descriptions({"1": "A cat, a dog and a tree."}, {"1": image}).level("object")
     >>> objects.wrong_of_judged.value, objects.unknown.value
     (0.5, 0.3333333333333333)
@@ -79,7 +79,7 @@ class FreeTextScores:
     Examples
     --------
     >>> import groundscope as gs
-    >>> image = gs.ImageAnnotation("1", (gs.SceneObject("o", "cat", None, {"color": "black"}),))
+    >>> image = gs.ImageAnnotation("1", (gs.AnnotatedObject("o", "cat", None, {"color": "black"}),))
     >>> scores = gs.score_descriptions({"1": "A white cat."}, {"1": image})
     >>> scores.frame()[["level", "n", "wrong"]].values.tolist()[:2]
     [['object', 1, 0], ['attribute', 1, 1]]
@@ -189,7 +189,7 @@ def judge_description(description: Description, image: ImageAnnotation) -> Descr
     Examples
     --------
     >>> import groundscope as gs
-    >>> image = gs.ImageAnnotation("1", (gs.SceneObject("o", "cat", None, {"color": "black"}),))
+    >>> image = gs.ImageAnnotation("1", (gs.AnnotatedObject("o", "cat", None, {"color": "black"}),))
     >>> judged = gs.judge_description(gs.parse_description("A white cat under a tree."), image)
     >>> [(judged.phrase(span), span.verdict) for span in judged.spans]
     [('cat', 'right'), ('tree', 'unknown'), ('white cat', 'wrong'), ('cat under tree', 'unknown')]
@@ -238,7 +238,7 @@ def _judge_attribute(span: Span, description: Description, image: ImageAnnotatio
     return "unknown", _UNKNOWN
 
 
-def _judge_count(count: int, noun: str, objects: tuple[SceneObject, ...], image: ImageAnnotation) -> Judgment:
+def _judge_count(count: int, noun: str, objects: tuple[AnnotatedObject, ...], image: ImageAnnotation) -> Judgment:
     # One box may hold several things whose noun is in the plural, and an open vocabulary may miss some.
     if not image.absent or any(number(o.noun) != "singular" or o.box is None for o in objects):
         return "unknown", _UNKNOWN
@@ -247,7 +247,7 @@ def _judge_count(count: int, noun: str, objects: tuple[SceneObject, ...], image:
     return "wrong", f"{len(objects)} annotated"
 
 
-def _has(item: SceneObject, word: str) -> bool:
+def _has(item: AnnotatedObject, word: str) -> bool:
     values = {value.lower() for value in item.attributes.values()}
     color = color_of(word)
     return word in values or (color is not None and color in {color_of(value) for value in values}) or bool(
@@ -255,7 +255,7 @@ def _has(item: SceneObject, word: str) -> bool:
     )  # fmt: skip
 
 
-def _excluding_value(item: SceneObject, word: str) -> str | None:
+def _excluding_value(item: AnnotatedObject, word: str) -> str | None:
     """Return the annotated value that excludes an attribute; None if none does."""
     values = sorted({value.lower() for value in item.attributes.values()})
     color = color_of(word)
@@ -288,7 +288,7 @@ def _same(noun: str, annotated: str) -> bool:
     return ImageAnnotation("", present=(annotated,)).states_presence(noun) is True
 
 
-def _judge_sides(side: str | None, first: tuple[SceneObject, ...], second: tuple[SceneObject, ...]) -> Judgment:
+def _judge_sides(side: str | None, first: tuple[AnnotatedObject, ...], second: tuple[AnnotatedObject, ...]) -> Judgment:
     if side is None or len(first) != 1 or len(second) != 1 or first[0].box is None or second[0].box is None:
         return "unknown", _UNKNOWN
     a, b = first[0].box, second[0].box

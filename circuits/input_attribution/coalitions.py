@@ -9,9 +9,9 @@ from itertools import product
 import numpy as np
 
 from circuits.input_attribution import shapley
+from concepts.annotated_object import Box
 from concepts.image_source import ImageSource
 from concepts.region_masking import RegionMaskedImage
-from concepts.scene_object import Box
 from concepts.schema import Example
 from groundscope.core.errors import ConfigError, ModelError, PatchError
 from lvlm.model import Encoding, Lvlm

@@ -14,9 +14,9 @@ from types import MappingProxyType
 import numpy as np
 from PIL import Image, ImageFilter
 
+from concepts.annotated_object import Box
 from concepts.counterfactual_pair import CounterfactualPair
 from concepts.image_source import ImageSource
-from concepts.scene_object import Box
 from concepts.schema import ConceptDataset, Example
 
 BLUR_RADIUS = 5.0

@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 
+from concepts.annotated_object import AnnotatedObject
 from concepts.concept import Level
 from concepts.image_files import FileImage
 from concepts.nouns import existence_question
@@ -18,7 +19,6 @@ from concepts.reading.assembly import build_dataset, check_counts
 from concepts.reading.image_folder import ImageFolder
 from concepts.reading.json_stream import stream_list
 from concepts.reading.record import Record, as_record
-from concepts.scene_object import SceneObject
 from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import DataError
 from groundscope.core.text import format_count, nearest
@@ -43,7 +43,7 @@ VALUES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 class _Scene:
     id: str
     image: FileImage
-    objects: tuple[SceneObject, ...]
+    objects: tuple[AnnotatedObject, ...]
     relations: Mapping[str, Sequence[frozenset[int]]]
     """Relation to, for each object, the indices of the objects that have this relation to it."""
 
@@ -133,7 +133,7 @@ def _read_scene(record: Record, folder: ImageFolder) -> _Scene:
     return _Scene(Path(name).stem, folder.find(name, record.where, "image_filename"), objects, related)
 
 
-def _read_object(number: int, record: Record) -> SceneObject:
+def _read_object(number: int, record: Record) -> AnnotatedObject:
     attributes = {name: record.text(name).strip().lower() for name in VALUES}
     for name, word in attributes.items():
         if word not in VALUES[name]:
@@ -147,15 +147,15 @@ def _read_object(number: int, record: Record) -> SceneObject:
     names = ("x", "y", "depth")[: len(coordinates)]
     Record(f"{record.where}, pixel_coords", dict(zip(names, coordinates, strict=True))).numbers(*names)
     shape = attributes.pop("shape")
-    return SceneObject(str(number), shape, None, attributes)
+    return AnnotatedObject(str(number), shape, None, attributes)
 
 
-def _name(item: SceneObject, *attributes: str) -> str:
+def _name(item: AnnotatedObject, *attributes: str) -> str:
     """Return the name of an object by some attributes and its shape."""
     return " ".join([*(item.attributes[a] for a in attributes), item.noun])
 
 
-def _unique_names(objects: Sequence[SceneObject], *attributes: str) -> dict[str, SceneObject]:
+def _unique_names(objects: Sequence[AnnotatedObject], *attributes: str) -> dict[str, AnnotatedObject]:
     """Return the objects by name, without objects that share their name with another."""
     counts = Counter(_name(o, *attributes) for o in objects)
     return {name: o for o in objects if counts[name := _name(o, *attributes)] == 1}

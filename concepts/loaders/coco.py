@@ -8,6 +8,7 @@ from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from concepts.annotated_object import AnnotatedObject
 from concepts.nouns import canonical_noun
 from concepts.outlines import Outline
 from concepts.reading.annotation_questions import AnnotatedImage, QuestionMaker
@@ -18,7 +19,6 @@ from concepts.reading.json_stream import missing_list, stream, stream_list
 from concepts.reading.outlines import read_outline
 from concepts.reading.record import Record
 from concepts.run_length_masks import RunLengthMask
-from concepts.scene_object import SceneObject
 from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import DataError
 from groundscope.core.text import format_count
@@ -212,7 +212,7 @@ def _annotated_images(
             image = folder.find(name, where, "file_name")
             frame = folder.box_frame(image, size)
             objects = tuple(
-                SceneObject(
+                AnnotatedObject(
                     str(int(number)),
                     content.categories[int(category)],
                     frame.place(x, y, w, h, left_out),

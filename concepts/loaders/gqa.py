@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
+from concepts.annotated_object import AnnotatedObject
 from concepts.concept import Level
 from concepts.question import YES_NO
 from concepts.reading.annotation_questions import (
@@ -23,7 +24,6 @@ from concepts.reading.box_frames import BoxFrame, annotated_size, box_numbers
 from concepts.reading.image_folder import ImageFolder
 from concepts.reading.json_stream import stream_keyed
 from concepts.reading.record import Record, as_record
-from concepts.scene_object import SceneObject
 from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import DataError
 from groundscope.core.text import nearest
@@ -145,11 +145,11 @@ def _object_records(record: Record) -> Iterator[tuple[str, Record]]:
         yield key, as_record(f"{record.where}, object '{key}'", value)
 
 
-def _read_object(key: str, value: Record, frame: BoxFrame, left_out: Counter[str]) -> SceneObject:
+def _read_object(key: str, value: Record, frame: BoxFrame, left_out: Counter[str]) -> AnnotatedObject:
     box = frame.place(*box_numbers(value, *"xywh"), left_out)
     words = [w.strip().lower() for w in value.texts("attributes")] if "attributes" in value.values else []
     noun = value.text("name").strip().lower()
-    return SceneObject(key, noun, box, attributes_of(words, left_out, noun))
+    return AnnotatedObject(key, noun, box, attributes_of(words, left_out, noun))
 
 
 def _relations(

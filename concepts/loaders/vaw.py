@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
+from concepts.annotated_object import AnnotatedObject
 from concepts.image_files import FileImage
 from concepts.nouns import is_the, singular
 from concepts.question import YES_NO, yes_or_no
@@ -19,7 +20,6 @@ from concepts.reading.image_folder import ImageFolder
 from concepts.reading.outlines import read_outline
 from concepts.reading.record import Record
 from concepts.reading.records import read_json_records
-from concepts.scene_object import SceneObject
 from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import DataError
 from groundscope.core.text import format_count
@@ -92,7 +92,7 @@ def vaw(attributes: Path | str, images: Path | str, *, per_image: int = 3, limit
 
 @dataclass(frozen=True)
 class _Instance:
-    item: SceneObject
+    item: AnnotatedObject
     true: tuple[str, ...]
     false: tuple[str, ...]
 
@@ -121,7 +121,7 @@ def _instance(record: Record, folder: ImageFolder, image: FileImage, left_out: C
     left_out["attributes that are both true and false"] += len(contradictions)
     true, false = (tuple(w for w in words if w not in contradictions) for words in (true, false))
     frame = folder.box_frame(image, None)
-    item = SceneObject(
+    item = AnnotatedObject(
         record.identifier("instance_id"),
         noun,
         frame.place(*box, left_out),
@@ -155,8 +155,8 @@ def _chosen(instance: _Instance, truth: bool) -> tuple[str, ...]:
 
 def _example(
     image: _Image,
-    item: SceneObject,
-    objects: tuple[SceneObject, ...],
+    item: AnnotatedObject,
+    objects: tuple[AnnotatedObject, ...],
     word: str,
     truth: bool,
     labels: Mapping[str, bool],

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from concepts.annotated_object import AnnotatedObject
 from concepts.image_files import FileImage
 from concepts.reading.annotation_questions import AnnotatedImage, QuestionMaker, attributes_of, relation_name
 from concepts.reading.assembly import build_dataset, check_counts
@@ -13,7 +14,6 @@ from concepts.reading.box_frames import annotated_size, box_numbers
 from concepts.reading.image_folder import ImageFolder
 from concepts.reading.json_stream import stream_list
 from concepts.reading.record import Record, as_record
-from concepts.scene_object import SceneObject
 from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import DataError
 
@@ -140,7 +140,7 @@ def _annotated_images(
             continue
         image = _find_image(image_id, folder, record)
         frame = folder.box_frame(image, sizes.get(image_id) or annotated_size(record))
-        objects: dict[str, SceneObject] = {}
+        objects: dict[str, AnnotatedObject] = {}
         for value in record.records("objects"):
             number = value.identifier("object_id")
             if number in objects:
@@ -148,7 +148,7 @@ def _annotated_images(
                 raise DataError(msg)
             box = frame.place(*box_numbers(value, *"xywh"), left_out)
             attributes = attributes_of(words.get(image_id, {}).get(number, []), left_out, _noun(value))
-            objects[number] = SceneObject(number, _noun(value), box, attributes)
+            objects[number] = AnnotatedObject(number, _noun(value), box, attributes)
         image_relations = relations.get(image_id, [])
         annotated = tuple(r for r in image_relations if r[0] in objects and r[2] in objects)
         left_out["relations of objects that are not annotated"] += len(image_relations) - len(annotated)

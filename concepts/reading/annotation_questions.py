@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from concepts.annotated_object import AnnotatedObject
 from concepts.concept import Level
 from concepts.image_files import FileImage
 from concepts.nouns import PresentNouns, canonical_noun, existence_question, is_the, number, singular
@@ -32,7 +33,6 @@ from concepts.reading.exclusive_values import (
     alternatives,
     attribute_kinds,
 )
-from concepts.scene_object import SceneObject
 from concepts.schema import Example
 
 ATTRIBUTE_KINDS = (*EXCLUSIVE, *ANTONYMS)
@@ -94,7 +94,7 @@ class AnnotatedImage:
 
     id: str
     image: FileImage
-    objects: tuple[SceneObject, ...]
+    objects: tuple[AnnotatedObject, ...]
     """In the order of the file."""
     relations: tuple[tuple[str, str, str], ...] = ()
     """Id of the first object, one of `OPPOSITES` or of `concepts.reading.exclusive_values.ACTIONS`, id of the second object."""
@@ -154,7 +154,7 @@ class QuestionMaker:
         )
         self.left_out[_UNPAIRED] += len(objects) - len(absent)
 
-        def about(item: SceneObject) -> Example:
+        def about(item: AnnotatedObject) -> Example:
             return self._example(image, item.noun, "object", "existence", item.noun, True, item.id, present)
 
         for item, noun in zip(objects, absent, strict=False):
@@ -163,7 +163,7 @@ class QuestionMaker:
         self.unpaired.extend(about(item) for item in objects[len(absent) :])
 
     def _colors(
-        self, image: AnnotatedImage, unique: Mapping[str, SceneObject], rng: random.Random
+        self, image: AnnotatedImage, unique: Mapping[str, AnnotatedObject], rng: random.Random
     ) -> Iterator[Example]:
         colored = [o for o in image.objects if "color" in o.attributes]
         for item in [o for o in colored if o.id in unique][: self.per_image]:
@@ -175,7 +175,7 @@ class QuestionMaker:
         self.left_out["colors of objects whose noun is not unique"] += sum(o.id not in unique for o in colored)
 
     def _relations(
-        self, image: AnnotatedImage, unique: Mapping[str, SceneObject], rng: random.Random
+        self, image: AnnotatedImage, unique: Mapping[str, AnnotatedObject], rng: random.Random
     ) -> Iterator[Example]:
         every = [r for r in image.relations if r[1] in OPPOSITES]
         relations = [r for r in dict.fromkeys(every) if r[0] in unique and r[2] in unique and r[0] != r[2]]
@@ -194,7 +194,7 @@ class QuestionMaker:
                 yield self._example(image, text, "relation", "relation", name, relation == name, first)
 
     def _attributes(
-        self, image: AnnotatedImage, unique: Mapping[str, SceneObject], rng: random.Random
+        self, image: AnnotatedImage, unique: Mapping[str, AnnotatedObject], rng: random.Random
     ) -> Iterator[Example]:
         every = [
             (o, kind, o.attributes[kind])
@@ -212,7 +212,7 @@ class QuestionMaker:
                 yield self._example(image, text, "attribute", kind, value, named_value == value, item.id, labels=labels)
 
     def _actions(
-        self, image: AnnotatedImage, unique: Mapping[str, SceneObject], rng: random.Random
+        self, image: AnnotatedImage, unique: Mapping[str, AnnotatedObject], rng: random.Random
     ) -> Iterator[Example]:
         every = [r for r in image.relations if r[1] in ACTIONS]
         actions = [r for r in dict.fromkeys(every) if r[0] in unique and r[2] in unique and r[0] != r[2]]

@@ -11,11 +11,11 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
+from concepts.annotated_object import Box
 from concepts.image_files import FileImage, ImageHeader
 from concepts.outlines import Outline, place_outline
 from concepts.reading.record import Record
 from concepts.run_length_masks import RunLengthMask
-from concepts.scene_object import Box
 from groundscope.core.errors import DataError
 
 OVERSHOOT = 1.0

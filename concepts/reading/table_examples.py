@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+from concepts.annotated_object import AnnotatedObject, Box
 from concepts.concept import LEVELS
 from concepts.image_files import BytesImage, FileImage
 from concepts.image_source import ImageSource, NoImage
@@ -19,7 +20,6 @@ from concepts.question import YES_NO
 from concepts.reading.image_folder import ImageFolder
 from concepts.reading.label_columns import Label, label_names, parse_labels
 from concepts.reading.record import Record, abbreviate
-from concepts.scene_object import Box, SceneObject
 from concepts.schema import Example
 from groundscope.core.errors import ConfigError, DataError
 from groundscope.core.text import nearest
@@ -229,7 +229,7 @@ def _image_cells(row: Record) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def _objects(row: Record, images: Sequence[ImageSource]) -> tuple[SceneObject, ...]:
+def _objects(row: Record, images: Sequence[ImageSource]) -> tuple[AnnotatedObject, ...]:
     """Return the annotated objects of a row; raises `DataError` for a box outside its image."""
     cell = row.values.get("boxes")
     if _is_empty(cell):
@@ -250,7 +250,7 @@ def _objects(row: Record, images: Sequence[ImageSource]) -> tuple[SceneObject, .
         attributes = {str(k): str(v) for k, v in dict(item.get("attributes") or {}).items() if v is not None}
         try:
             box = None if item.get("box") is None else Box(*(float(side) for side in item["box"]))
-            thing = SceneObject(str(item.get("id") or f"o{number}"), item["noun"], box, attributes)
+            thing = AnnotatedObject(str(item.get("id") or f"o{number}"), item["noun"], box, attributes)
         except DataError as error:
             msg = f"{place}: {error}"
             raise DataError(msg) from error
@@ -282,7 +282,7 @@ def _check_inside(box: Box, images: Sequence[ImageSource], place: str) -> None:
         raise DataError(msg)
 
 
-def _subject(row: Record, objects: Sequence[SceneObject], noun: str | None) -> str | None:
+def _subject(row: Record, objects: Sequence[AnnotatedObject], noun: str | None) -> str | None:
     """Return the id of the object of the question: the column's id or noun, or the only object with the noun in question."""
     subject = _text(row, "subject")
     ids = [o.id for o in objects if subject in {o.id, o.noun}] if subject else [o.id for o in objects if o.noun == noun]

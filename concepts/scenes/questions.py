@@ -5,10 +5,10 @@ Existence questions have POPE's wording. Nouns are unique in a scene, so "the ap
 
 from __future__ import annotations
 
+from concepts.annotated_object import AnnotatedObject
 from concepts.concept import Concept
 from concepts.nouns import article, existence_question
 from concepts.question import YES_NO, Question, yes_or_no
-from concepts.scene_object import SceneObject
 from concepts.scenes.distributions import TYPICAL
 from concepts.scenes.icons import COLORS, NOUNS
 from concepts.scenes.scene import RELATIONS, SIDE, Scene
@@ -41,13 +41,13 @@ def existence(scene: Scene, noun: str) -> Question:
     )
 
 
-def _attribute_labels(item: SceneObject) -> dict[str, bool]:
+def _attribute_labels(item: AnnotatedObject) -> dict[str, bool]:
     labels = {str(Concept("attribute", c)): item.attributes["color"] == c for c in COLORS}
     labels["attribute:big"] = item.attributes["size"] == "big"
     return labels
 
 
-def color(scene: Scene, item: SceneObject, name: str) -> Question:
+def color(scene: Scene, item: AnnotatedObject, name: str) -> Question:
     """Return the question whether an object has a color; the prior answer is that of its typical color.
 
     Examples
@@ -72,7 +72,7 @@ def color(scene: Scene, item: SceneObject, name: str) -> Question:
     )
 
 
-def what_color(scene: Scene, item: SceneObject) -> Question:
+def what_color(scene: Scene, item: AnnotatedObject) -> Question:
     """Return the question which color an object has; the prior answer is its typical color.
 
     Examples
@@ -97,7 +97,7 @@ def what_color(scene: Scene, item: SceneObject) -> Question:
     )
 
 
-def size(scene: Scene, item: SceneObject, name: str) -> Question:
+def size(scene: Scene, item: AnnotatedObject, name: str) -> Question:
     """Return the question whether an object is ``big`` or ``small``.
 
     Examples
@@ -120,7 +120,7 @@ def size(scene: Scene, item: SceneObject, name: str) -> Question:
     )
 
 
-def relation(scene: Scene, first: SceneObject, second: SceneObject, name: str) -> Question | None:
+def relation(scene: Scene, first: AnnotatedObject, second: AnnotatedObject, name: str) -> Question | None:
     """Return the question whether `first` has a relation to `second`; None if the relation is not defined (`Scene.relation`).
 
     Examples
@@ -147,7 +147,7 @@ def relation(scene: Scene, first: SceneObject, second: SceneObject, name: str) -
     )
 
 
-def place(scene: Scene, item: SceneObject, axis: str) -> Question:
+def place(scene: Scene, item: AnnotatedObject, axis: str) -> Question:
     """Return the question which third of the image, by ``column`` or ``row``, contains an object's center; used in training.
 
     Examples

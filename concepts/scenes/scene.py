@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from concepts.scene_object import Box, SceneObject
+from concepts.annotated_object import AnnotatedObject, Box
 from concepts.scenes.distributions import UNIFORM, SceneDistribution
 from concepts.scenes.icons import icon
 from groundscope.core.errors import DataError
@@ -64,7 +64,7 @@ class Scene:
 
     id: str
     background: Background
-    objects: tuple[SceneObject, ...]
+    objects: tuple[AnnotatedObject, ...]
 
     def pixels(self) -> NDArray[np.uint8]:
         """Draw the scene: uint8 ``[112, 112, 3]``."""
@@ -92,11 +92,11 @@ class Scene:
         ]
         return json.dumps({"scene": self.id, "background": [b.kind, b.top, b.bottom, b.seed], "objects": objects})
 
-    def get(self, noun: str) -> SceneObject | None:
+    def get(self, noun: str) -> AnnotatedObject | None:
         """Return the object with this noun, or None."""
         return next((o for o in self.objects if o.noun == noun), None)
 
-    def relation(self, first: SceneObject, second: SceneObject, name: str) -> bool | None:
+    def relation(self, first: AnnotatedObject, second: AnnotatedObject, name: str) -> bool | None:
         """Whether `first` has the relation `name` to `second`; None if their centers are closer than `MARGIN`."""
         axis, sign = RELATIONS[name]
         difference = first.require_box().center[axis] - second.require_box().center[axis]
@@ -140,7 +140,7 @@ class Scene:
         objects = tuple(replace(o, box=flip(o.require_box())) for o in self.objects)
         return replace(self, id=f"{self.id}-mirror{axis}", objects=objects)
 
-    def _object(self, noun: str) -> SceneObject:
+    def _object(self, noun: str) -> AnnotatedObject:
         item = self.get(noun)
         if item is None:
             nouns = [o.noun for o in self.objects]
@@ -148,7 +148,7 @@ class Scene:
             raise DataError(msg)
         return item
 
-    def _with_object(self, old: SceneObject, new: SceneObject, scene_id: str) -> Scene:
+    def _with_object(self, old: AnnotatedObject, new: AnnotatedObject, scene_id: str) -> Scene:
         return replace(self, id=scene_id, objects=tuple(new if o is old else o for o in self.objects))
 
 
@@ -196,9 +196,9 @@ def sample_scene(
 
 def _sample_objects(
     rng: np.random.Generator, nouns: list[str], distribution: SceneDistribution
-) -> tuple[SceneObject, ...] | None:
+) -> tuple[AnnotatedObject, ...] | None:
     """Draw color, size and box of each noun, without overlap; None if 60 attempts find no free box for a noun."""
-    objects: list[SceneObject] = []
+    objects: list[AnnotatedObject] = []
     for number, noun in enumerate(nouns):
         size = "big" if rng.random() < 0.5 else "small"
         low, high = SIZES[size]
@@ -211,7 +211,7 @@ def _sample_objects(
                 for b in (o.require_box() for o in objects)
             ):
                 box = Box(x, y, x + side, y + side)
-                objects.append(SceneObject(f"o{number}", noun, box, {"color": color, "size": size}))
+                objects.append(AnnotatedObject(f"o{number}", noun, box, {"color": color, "size": size}))
                 break
         else:
             return None

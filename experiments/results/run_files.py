@@ -9,11 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from concepts.annotated_object import AnnotatedObject, Box
 from concepts.concept import LEVELS
 from concepts.image_source import NoImage
 from concepts.mention import Mention
 from concepts.outlines import outline_from_record
-from concepts.scene_object import Box, SceneObject
 from concepts.schema import Example
 from experiments.config import RunConfig
 from experiments.records import (
@@ -297,9 +297,9 @@ def _example(line: str, place: str) -> Example:
         raise ConfigError(msg) from error
 
 
-def _objects(records: Sequence[Mapping[str, Any]]) -> tuple[SceneObject, ...]:
+def _objects(records: Sequence[Mapping[str, Any]]) -> tuple[AnnotatedObject, ...]:
     return tuple(
-        SceneObject(
+        AnnotatedObject(
             **{
                 **r,
                 "box": None if r["box"] is None else Box(**r["box"]),

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from concepts import counterfactuals
+from concepts.annotated_object import AnnotatedObject
 from concepts.outlines import outline_record
 from concepts.question import YES_NO
-from concepts.scene_object import SceneObject
 from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import ConfigError
 from groundscope.core.text import nearest
@@ -139,12 +139,12 @@ def _number(example: Example) -> str:
     return str(int(Path(_name(example)).stem))
 
 
-def _xywh(item: SceneObject) -> dict[str, int]:
+def _xywh(item: AnnotatedObject) -> dict[str, int]:
     box = item.require_box()
     return {"x": int(box.x0), "y": int(box.y0), "w": int(box.x1 - box.x0), "h": int(box.y1 - box.y0)}
 
 
-def _left_or_right(example: Example) -> list[tuple[SceneObject, str, SceneObject]]:
+def _left_or_right(example: Example) -> list[tuple[AnnotatedObject, str, AnnotatedObject]]:
     """Return the relation of the first two objects, from their centers, if it is clear."""
     if len(example.objects) < 2:
         return []
@@ -162,7 +162,7 @@ def _write(path: Path, value: Any) -> Path:
     return path
 
 
-def _points(item: SceneObject) -> list[list[tuple[float, float]]] | None:
+def _points(item: AnnotatedObject) -> list[list[tuple[float, float]]] | None:
     """Return the polygons of an object; None without polygons, as VAW has no masks."""
     polygons = item.outline if isinstance(item.outline, tuple) else ()
     return [list(zip(polygon[::2], polygon[1::2], strict=True)) for polygon in polygons] or None

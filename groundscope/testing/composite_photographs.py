@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from concepts.annotated_object import AnnotatedObject, Box
 from concepts.image_files import BytesImage, FileImage
 from concepts.run_length_masks import RunLengthMask
-from concepts.scene_object import Box, SceneObject
 from concepts.scenes.icons import icon
 from concepts.scenes.scene import SIDE, Scene
 from concepts.schema import ConceptDataset
@@ -83,7 +83,7 @@ def save_composites(
         raise ConfigError(msg)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    scenes: dict[str, tuple[FileImage, tuple[SceneObject, ...]]] = {}
+    scenes: dict[str, tuple[FileImage, tuple[AnnotatedObject, ...]]] = {}
     for example in data:
         scene = example.image
         if isinstance(scene, Scene) and scene.identity not in scenes:
@@ -118,7 +118,7 @@ def _background(rng: np.random.Generator, side: int, gray_share: float) -> np.nd
     return np.asarray(part, np.float32) * (1 - gray_share) + GRAY * gray_share
 
 
-def _paste(pixels: np.ndarray, item: SceneObject, scale: float, *, masks: bool) -> SceneObject:
+def _paste(pixels: np.ndarray, item: AnnotatedObject, scale: float, *, masks: bool) -> AnnotatedObject:
     """Draw an icon into the pixels; return the object with its box and outline there."""
     box = item.require_box()
     x, y, side = (round(v * scale) for v in (box.x0, box.y0, box.x1 - box.x0))

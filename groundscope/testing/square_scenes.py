@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from concepts.scene_object import Box, SceneObject
+from concepts.annotated_object import AnnotatedObject, Box
 from concepts.scenes.icons import NOUNS
 from concepts.scenes.scene import TEST, generator
 from concepts.schema import Example
@@ -78,7 +78,7 @@ def make_example(name: str, square: Square, noun: str, group: str) -> Example:
         kind="what_color",
         split="neutral" if not prior else "typical" if ANSWERS[(1 - prior) // 2] == square.color else "conflict",
         group=group,
-        objects=(SceneObject("square", noun, square.box, {"color": square.color}),),
+        objects=(AnnotatedObject("square", noun, square.box, {"color": square.color}),),
         subject="square",
         prior_answer=ANSWERS[(1 - prior) // 2] if prior else None,
     )

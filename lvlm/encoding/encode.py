@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from concepts.annotated_object import Box
 from concepts.mention import Mention
-from concepts.scene_object import Box
 from concepts.schema import Example
 from groundscope.core.errors import DataError, ModelError
 from groundscope.core.text import format_count

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image as Pillow
 
-from concepts.scene_object import Box
+from concepts.annotated_object import Box
 from groundscope.core.errors import DataError, ModelError
 from lvlm.interfaces import Model
 from lvlm.sites import Stack

@@ -9,7 +9,7 @@ import torch
 from sklearn.base import BaseEstimator
 
 from probes.protocol.estimators import Estimator, ModelFit, TrainingRows
-from probes.protocol.numbers import fit_number_cell
+from probes.protocol.number_labels import fit_number_cell
 from probes.protocol.scoring import (
     auc,
     auc_interval,

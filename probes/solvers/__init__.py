@@ -1,9 +1,9 @@
 """Numerical solvers of the probes, each with a bound on its error. Private; `probes` has the public names.
 
 - `logistic_reference`: many logistic regressions in float64: Newton (`newton`), with a duality gap
-- `logistic_float32`: the same in float32 (`lbfgs` in the `coordinates` of the rows), certified in float64 (`duality_gap`)
+- `logistic_float32`: the same in float32 (`lbfgs` in `rotated_features`), certified in float64 (`duality_gap`)
 - `multinomial`: softmax regression, certified
 - `closed_form`: ridge, linear discriminant and mean difference from one factorization
 - `ridge_many_labels`: ridge for thousands of permuted labels
-- `columns`, `threads`: constant columns; parallel blocks
+- `constant_columns`, `threads`: constant columns; parallel blocks
 """

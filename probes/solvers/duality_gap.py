@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from probes.solvers.coordinates import multiply
+from probes.solvers.rotated_features import multiply
 
 _EXACT = 40.0
 """Above this argument, softplus equals its argument in float64."""

@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from probes.solvers.coordinates import Space
+from probes.solvers.rotated_features import Space
 
 MEMORY = 8
 """Number of stored pairs of steps and gradient changes."""

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from groundscope.core.errors import ProbeError
-from probes.solvers.columns import column_scales
+from probes.solvers.constant_columns import column_scales
 
 DIRECT_WIDTH = 40
 """Maximum number of features for which the Hessians are formed (one matrix product for all problems) and solved directly."""

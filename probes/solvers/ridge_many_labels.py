@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from probes.solvers.columns import column_scales
+from probes.solvers.constant_columns import column_scales
 from probes.solvers.threads import MapFunction, keep_freed_memory
 
 CHUNK = 1000

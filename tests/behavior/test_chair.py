@@ -12,8 +12,8 @@ from behavior.answer_files import row_of
 from behavior.chair import COCO_PHRASES, read_synonyms, score_captions
 from behavior.parsing import PARSERS
 from behavior.result import Cost
-from concepts import ConceptDataset, Example, SceneObject, scenes
-from concepts.scene_object import Box
+from concepts import AnnotatedObject, ConceptDataset, Example, scenes
+from concepts.annotated_object import Box
 from groundscope.core.errors import ConfigError, DataError
 
 
@@ -178,7 +178,7 @@ def test_the_papers_example_with_synonyms(synonyms: dict[str, str]) -> None:
 
 def test_objects_of_reference_captions_count_as_present(synonyms: dict[str, str]) -> None:
     image = scenes.dataset(10)[0].image
-    things = (SceneObject("1", "dog", Box(0, 0, 1, 1)),)
+    things = (AnnotatedObject("1", "dog", Box(0, 0, 1, 1)),)
     example = Example("7/caption", image, "Describe the image.", "A man walks a puppy. A dog on a leash.", (), "object",
                     "caption", "caption", "7.jpg", objects=things)  # fmt: skip
     data = ConceptDataset("coco", (example,))

@@ -15,9 +15,9 @@ from PIL import Image
 import groundscope as gs
 from behavior.data_audit import CAUSES, SENSES, caption_fit
 from behavior.data_audit.images import measure_image
+from concepts.annotated_object import AnnotatedObject, Box
 from concepts.image_files import BytesImage
 from concepts.nouns import canonical_noun
-from concepts.scene_object import Box, SceneObject
 from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import ConfigError, DataError
 from groundscope.testing.data_faults import plant_data_faults
@@ -44,7 +44,7 @@ def question(identity: str, text: str, answer: str, **fields: object) -> Example
 
 
 def caption(identity: str, text: str, group: str, *nouns: str, seed: int = 0) -> Example:
-    objects = tuple(SceneObject(f"{group}{n}", n, None) for n in nouns)
+    objects = tuple(AnnotatedObject(f"{group}{n}", n, None) for n in nouns)
     return Example(identity, plain(seed), "Describe.", text, (), "object", "caption", "caption", group, objects=objects)
 
 
@@ -96,7 +96,9 @@ def test_contradictions_by_hand() -> None:
     no_dog = question("a", "Is there a dog in the image?", "no")
     assert reported_examples("contradictions", no_dog, caption("c", "A dog sleeps.", "0.png")) == [("a", "c")]
     assert reported_examples("contradictions", no_dog, caption("c", "A cat sleeps.", "0.png")) == []
-    assert reported_examples("contradictions", replace(no_dog, objects=(SceneObject("1", "dog", None),))) == [("a",)]
+    assert reported_examples("contradictions", replace(no_dog, objects=(AnnotatedObject("1", "dog", None),))) == [
+        ("a",)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -105,7 +107,9 @@ def test_contradictions_by_hand() -> None:
      ("dog", "hot dog", False), ("cat", "dog", False)],
 )  # fmt: skip
 def test_absent_objects_that_are_present_under_another_name(absent_noun: str, annotated: str, reported: bool) -> None:
-    row = question("a", f"Is there a {absent_noun} in the image?", "no", objects=(SceneObject("1", annotated, None),))
+    row = question(
+        "a", f"Is there a {absent_noun} in the image?", "no", objects=(AnnotatedObject("1", annotated, None),)
+    )
     assert bool(reported_examples("present under another name", row)) is reported
 
 
@@ -130,7 +134,7 @@ def test_captions_by_hand() -> None:
 
 def test_objects_by_hand() -> None:
     def about(box: Box) -> Example:
-        item = SceneObject("1", "ring", box)
+        item = AnnotatedObject("1", "ring", box)
         return question("a", "Is there a ring in the image?", "yes", objects=(item,), subject="1")
 
     assert reported_examples("small objects", about(Box(10, 10, 13, 14))) == [("a",)]  # 12 of 1200 pixels
@@ -147,7 +151,7 @@ def test_imbalance_and_cooccurrence_by_hand() -> None:
     images = [(f"{i}.png", plain(i)) for i in range(24)]
     rows = [
         question(str(i), "Is there a dog in the image?", "yes" if i < 21 else "no", group=group, image=image,
-                 objects=(SceneObject("1", "leash", None), *((SceneObject("2", "dog", None),) if i < 21 else ())))
+                 objects=(AnnotatedObject("1", "leash", None), *((AnnotatedObject("2", "dog", None),) if i < 21 else ())))
         for i, (group, image) in enumerate(images)
     ]  # fmt: skip
     report = gs.audit(ConceptDataset("d", tuple(rows)), causes=["answer imbalance"]).cause("answer imbalance")

@@ -12,7 +12,7 @@ from sklearn.metrics import cohen_kappa_score
 
 import groundscope as gs
 from behavior.free_text.markup import description_html
-from concepts.scene_object import Box, SceneObject
+from concepts.annotated_object import AnnotatedObject, Box
 from groundscope.core.errors import DataError
 
 SENTENCES = Path(__file__).resolve().parents[1] / "toys" / "free_text" / "sentences.jsonl"
@@ -147,10 +147,10 @@ def test_agreement_on_verdicts_is_cohens_kappa() -> None:
 IMAGE = gs.ImageAnnotation(
     "1",
     (
-        SceneObject("a", "cat", Box(0, 0, 10, 10), {"color": "black", "size": "small"}),
-        SceneObject("b", "table", Box(20, 0, 40, 10), {"wooden": "wooden", "material": "wooden"}),
-        SceneObject("c", "chair", Box(5, 0, 25, 10)),
-        SceneObject("d", "chair", Box(60, 0, 65, 10)),
+        AnnotatedObject("a", "cat", Box(0, 0, 10, 10), {"color": "black", "size": "small"}),
+        AnnotatedObject("b", "table", Box(20, 0, 40, 10), {"wooden": "wooden", "material": "wooden"}),
+        AnnotatedObject("c", "chair", Box(5, 0, 25, 10)),
+        AnnotatedObject("d", "chair", Box(60, 0, 65, 10)),
     ),
     absent=("dog", "bus"),
     relations=(("cat", "under", "table", True), ("cat", "behind", "chair", False)),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from circuits import attention_to_image
-from concepts.scene_object import Box
+from concepts.annotated_object import Box
 from concepts.schema import Example
 from groundscope.core.errors import DataError, ModelError, SiteError
 from lvlm import Head

@@ -16,9 +16,9 @@ from PIL import Image
 from circuits import ShapleySources
 from circuits.input_attribution import shapley
 from circuits.input_attribution.shapley_split import split_shapley as split
+from concepts.annotated_object import Box
 from concepts.counterfactuals import EditedImage
 from concepts.region_masking import RegionMaskedImage, region_of_pixels
-from concepts.scene_object import Box
 from concepts.scenes import questions
 from concepts.scenes.scene import TEST, generator, sample_scene
 from concepts.schema import Example

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from concepts import ConceptDataset, loaders
+from concepts.annotated_object import Box
 from concepts.reading.annotation_questions import COLORS
-from concepts.scene_object import Box
 from groundscope.core.errors import ConfigError, DataError
 
 COCO: dict[str, Any] = {

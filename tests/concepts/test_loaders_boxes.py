@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from concepts import ConceptDataset, counterfactuals, loaders
+from concepts.annotated_object import AnnotatedObject, Box
 from concepts.image_files import FileImage
 from concepts.reading.box_frames import EMPTY, OUTSIDE, UNKNOWN_FRAME, BoxFrame
-from concepts.scene_object import Box, SceneObject
 from concepts.schema import Example
 from groundscope.core.errors import DataError
 
@@ -220,8 +220,8 @@ def test_a_box_that_is_no_box_is_refused(tmp_path: Path, box: list[float], words
 @pytest.mark.parametrize("sides", [(0, 0, math.inf, 1), (-1, 0, 1, 1), (math.nan, 0, 1, 1), (2, 0, 2, 1), (3, 0, 2, 1)])
 def test_an_object_has_a_box_of_finite_positive_area(sides: tuple[float, ...]) -> None:
     with pytest.raises(DataError, match=r"object 'o' has the box .* give None for an object without a box"):
-        SceneObject("o", "ball", Box(*sides))
-    thing = SceneObject("o", "ball", None)
+        AnnotatedObject("o", "ball", Box(*sides))
+    thing = AnnotatedObject("o", "ball", None)
     with pytest.raises(DataError, match=r"object 'o' \(ball\) has no box"):
         thing.require_box()
 
@@ -234,7 +234,7 @@ def test_a_frame_counts_nothing_for_a_good_box() -> None:
 
 def test_an_object_without_a_box_has_no_place(tmp_path: Path) -> None:
     Image.new("RGB", (112, 112)).save(tmp_path / "a.png")
-    things = (SceneObject("p", "cup", Box(0, 0, 56, 56)), SceneObject("o", "ball", None))
+    things = (AnnotatedObject("p", "cup", Box(0, 0, 56, 56)), AnnotatedObject("o", "ball", None))
     image = FileImage(tmp_path / "a.png", "a.png")
     example = Example("e", image, "Is there a ball in the image?", "yes", ("yes", "no"), "object", "existence", "random",
                       "a.png", objects=things, subject="o")  # fmt: skip

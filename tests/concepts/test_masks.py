@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from concepts import RunLengthMask, counterfactuals, loaders, scenes
+from concepts.annotated_object import AnnotatedObject, Box
 from concepts.counterfactuals.photographs.inpaint import InpaintedImage, filled_mask
 from concepts.counterfactuals.photographs.mirror import mirror_objects
 from concepts.counterfactuals.photographs.recolor import RecoloredImage
 from concepts.counterfactuals.photographs.regions import region_mask
 from concepts.outlines import outline_from_record, outline_record
-from concepts.scene_object import Box, SceneObject
 from experiments.records import EXAMPLE, problem
 from groundscope.core.errors import DataError
 from groundscope.testing.annotation_files import write_annotations
@@ -199,7 +199,7 @@ def test_a_record_keeps_either_kind_of_outline() -> None:
     for outline in (RunLengthMask.from_pixels(SCATTERED), ((1.0, 2.0, 3.0, 4.0, 5.0, 6.0),), ()):
         record = json.loads(json.dumps(outline_record(outline)))
         assert outline_from_record(record) == outline
-    item = SceneObject("1", "dog", None, outline=RunLengthMask.from_pixels(SCATTERED))
+    item = AnnotatedObject("1", "dog", None, outline=RunLengthMask.from_pixels(SCATTERED))
     shape = EXAMPLE["objects"]
     assert problem([item.record()], shape) is None
     wrong = {**item.record(), "outline": {"size": [6, 4]}}

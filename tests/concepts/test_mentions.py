@@ -8,7 +8,7 @@ import pytest
 
 from behavior import chair
 from behavior.chair import COCO_PHRASES, COCO_SYNONYMS
-from concepts import ConceptDataset, SceneObject, scenes, with_mentions
+from concepts import AnnotatedObject, ConceptDataset, scenes, with_mentions
 from concepts.object_mentions import find_mentions, mentioned_objects
 from groundscope.core.errors import DataError
 
@@ -39,7 +39,7 @@ def test_a_mention_is_where_its_words_are(text: str, words: list[str]) -> None:
 @pytest.fixture(scope="module")
 def data() -> ConceptDataset:
     captions = scenes.dataset(30, splits=["caption"])[:2]
-    things = tuple(SceneObject(n, n, None) for n in ("man", "cat"))
+    things = tuple(AnnotatedObject(n, n, None) for n in ("man", "cat"))
     changed = replace(captions[0], objects=things, answer="A woman with a bicycle.\nA kitten.", prefix="")
     return ConceptDataset("captions", (changed, *captions[1:]))
 

@@ -13,6 +13,7 @@ from PIL import Image
 from skimage.color import rgb2lab
 
 from concepts import counterfactuals, loaders, scenes
+from concepts.annotated_object import AnnotatedObject, Box
 from concepts.counterfactuals.photographs.canvas import placement
 from concepts.counterfactuals.photographs.color_names import HUES, PROTOTYPES, color_name
 from concepts.counterfactuals.photographs.inpaint import InpaintedImage, filled_mask
@@ -21,7 +22,6 @@ from concepts.counterfactuals.photographs.recolor import RecoloredImage
 from concepts.counterfactuals.photographs.regions import region_mask
 from concepts.image_files import FileImage
 from concepts.image_source import NoImage
-from concepts.scene_object import Box, SceneObject
 from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import ConfigError, DataError
 from groundscope.testing.scene_photographs import save_as_photographs
@@ -41,7 +41,7 @@ def image_file(folder: Path, name: str, pixels: np.ndarray) -> FileImage:
 
 
 def question(
-    image: FileImage, text: str, answer: str, kind: str, objects: tuple[SceneObject, ...] = (), **more: object
+    image: FileImage, text: str, answer: str, kind: str, objects: tuple[AnnotatedObject, ...] = (), **more: object
 ) -> Example:
     level = {"existence": "object", "color": "attribute", "relation": "relation"}[kind]
     fields = {"labels": {}, "subject": None, "split": "neutral", "group": image.name, **more}
@@ -170,7 +170,7 @@ def test_questions_without_an_image_or_with_several_are_left_out(tmp_path: Path)
 
 def test_images_with_writing_are_not_mirrored(tmp_path: Path) -> None:
     image = image_file(tmp_path, "sign", np.zeros((8, 8, 3)))
-    objects = (SceneObject("1", "stop signs", Box(0, 0, 4, 4)), SceneObject("2", "dog", Box(4, 4, 8, 8)))
+    objects = (AnnotatedObject("1", "stop signs", Box(0, 0, 4, 4)), AnnotatedObject("2", "dog", Box(4, 4, 8, 8)))
     data = ConceptDataset(
         "signs", (question(image, "Is the dog to the right of the stop signs?", "yes", "relation", objects),)
     )
@@ -197,10 +197,10 @@ def test_removed_objects_are_alone_small_and_on_smooth_ground(tmp_path: Path) ->
     smooth = np.full((120, 160, 3), 140.0)
     smooth[50:62, 70:82] = (200, 30, 30)
     rough = rng.uniform(0, 255, (120, 160, 3))
-    ball = SceneObject("1", "ball", Box(70, 50, 82, 62), {"color": "red"})
+    ball = AnnotatedObject("1", "ball", Box(70, 50, 82, 62), {"color": "red"})
     text = "Is there a ball in the image?"
 
-    def example(name: str, pixels: np.ndarray, *objects: SceneObject) -> Example:
+    def example(name: str, pixels: np.ndarray, *objects: AnnotatedObject) -> Example:
         labels = {"object:named": True, "object:ball": True}
         return question(
             image_file(tmp_path, name, pixels), text, "yes", "existence", objects, labels=labels, subject="1"
@@ -211,9 +211,9 @@ def test_removed_objects_are_alone_small_and_on_smooth_ground(tmp_path: Path) ->
         (
             example("good", smooth, ball),
             example("rough", rough, ball),
-            example("several", smooth, ball, SceneObject("2", "balls", Box(1, 1, 9, 9))),
+            example("several", smooth, ball, AnnotatedObject("2", "balls", Box(1, 1, 9, 9))),
             example("large", smooth, replace(ball, box=Box(10, 10, 110, 110))),
-            example("hidden", smooth, ball, SceneObject("2", "dog", Box(60, 40, 90, 70))),
+            example("hidden", smooth, ball, AnnotatedObject("2", "dog", Box(60, 40, 90, 70))),
         ),
     )
     pairs = counterfactuals.pairs(data, "object", method="inpaint")
@@ -288,7 +288,7 @@ def test_a_canvas_moves_boxes_with_the_pixels(tmp_path: Path) -> None:
     pixels[4:8, 10:20] = 255
     image = image_file(tmp_path, "box", pixels)
     data = ConceptDataset(
-        "one", (question(image, "Is the cup red?", "no", "color", (SceneObject("1", "cup", Box(10, 4, 20, 8)),)),)
+        "one", (question(image, "Is the cup red?", "no", "color", (AnnotatedObject("1", "cup", Box(10, 4, 20, 8)),)),)
     )
     example = counterfactuals.on_canvas(data, (80, 80))[0]
     assert placement((40, 20), (80, 80)) == (80, 40, 0, 20)

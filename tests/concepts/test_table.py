@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from concepts import BytesImage, ConceptDataset, FileImage, SceneObject, loaders
-from concepts.scene_object import Box
+from concepts import AnnotatedObject, BytesImage, ConceptDataset, FileImage, loaders
+from concepts.annotated_object import Box
 from groundscope.core.errors import ConfigError, DataError
 
 ROWS: list[dict[str, Any]] = [
@@ -93,7 +93,10 @@ def test_fields_are_read_from_their_columns(folder: Path) -> None:
             "q", "g", "hard", "attribute", "what_color", "The dog is",
         )  # fmt: skip
         assert (e.candidates, e.prior_answer, e.subject) == (("red", "blue"), "brown", "o1")
-        assert e.objects == (SceneObject("o1", "dog", Box(1, 2, 5, 6), {"color": "red"}), SceneObject("c", "cat", None))
+        assert e.objects == (
+            AnnotatedObject("o1", "dog", Box(1, 2, 5, 6), {"color": "red"}),
+            AnnotatedObject("c", "cat", None),
+        )
 
 
 def test_images_are_files_bytes_or_base64(folder: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from activation_store.tracing.example_table import build_row
-from concepts.scene_object import Box, SceneObject
+from concepts.annotated_object import AnnotatedObject, Box
 from groundscope.core.errors import DataError, ModelError
 from lvlm import Lvlm, wrap_lvlm
 from tests.toys.examples import Picture, example
@@ -108,8 +108,8 @@ def test_an_object_has_the_patches_whose_pixels_show_it(family: str, setting: st
 def test_an_object_that_is_cropped_away_has_no_token() -> None:
     lvlm = lvlm_with("llava", SETTINGS["not resized, cropped"])
     boxes = {"out": Box(0, 0, 20, 20), "in": Box(56, 56, 70, 70)}
-    things = tuple(SceneObject(name, "cup", box) for name, box in boxes.items())
-    things += (SceneObject("nowhere", "cup", None),)
+    things = tuple(AnnotatedObject(name, "cup", box) for name, box in boxes.items())
+    things += (AnnotatedObject("nowhere", "cup", None),)
     picture = Picture("gray", np.full((112, 112, 3), 127, np.uint8))
     encoding = lvlm.encode(replace(example(), image=picture, objects=things, subject="nowhere"))
     # Patches of 14 pixels from pixel 28 on: pixels 56 to 70 are the third patch of the third row.

@@ -13,7 +13,7 @@ from PIL import Image
 
 from activation_store import trace
 from concepts import ConceptDataset
-from concepts.scene_object import Box
+from concepts.annotated_object import Box
 from groundscope.core.errors import ModelError, SiteError
 from lvlm import Lvlm, TokenSelection, families, wrap_lvlm
 from lvlm.identity_checks import validate

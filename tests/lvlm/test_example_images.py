@@ -12,8 +12,8 @@ from PIL import Image
 
 from activation_store import trace
 from concepts import BytesImage, ConceptDataset, Example, NoImage
+from concepts.annotated_object import AnnotatedObject, Box
 from concepts.image_source import ImageSource
-from concepts.scene_object import Box, SceneObject
 from groundscope.core.errors import DataError, ModelError
 from lvlm import Lvlm
 from lvlm.encoding.encode import runs_without_image
@@ -37,7 +37,7 @@ class Noise:
 
 def example(name: str, *images: ImageSource) -> Example:
     first, *further = images or (NoImage(),)
-    box = SceneObject("o", "cat", Box(0, 0, 30, 30)) if images else None
+    box = AnnotatedObject("o", "cat", Box(0, 0, 30, 30)) if images else None
     return Example(
         name, first, "Is there a cat?", "yes", ("yes", "no"), "object", "existence", "neutral", name,
         objects=(box,) if box else (), subject="o" if box else None, further_images=tuple(further),

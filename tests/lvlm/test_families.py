@@ -18,7 +18,7 @@ from activation_store import trace
 from activation_store.tracing.plan import make_plan
 from activation_store.tracing.tracer import Tracer
 from concepts import ConceptDataset
-from concepts.scene_object import Box
+from concepts.annotated_object import Box
 from groundscope.core.errors import ModelError, SiteError
 from lvlm import FamilySpec, Lvlm, TokenSelection, families, load_lvlm, wrap_lvlm
 from lvlm.identity_checks import validate

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from concepts import scenes
-from concepts.scene_object import Box
+from concepts.annotated_object import Box
 from concepts.scenes.questions import as_example, existence, what_color
 from concepts.scenes.scene import TEST, generator, sample_scene
 from concepts.schema import Example

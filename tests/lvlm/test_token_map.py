@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from concepts.scene_object import Box
+from concepts.annotated_object import Box
 from groundscope.core.errors import DataError, SiteError
 from lvlm import TokenSelection
 from lvlm.encoding.registry import image_encodings

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from behavior import Answer, BehaviorResult, Cost
-from concepts.scene_object import SceneObject
+from concepts.annotated_object import AnnotatedObject
 from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import ConfigError
 from mitigation import AddChange, Guard, SteeringVector, guards
@@ -29,7 +29,7 @@ def make_answer(number: int, truth: str, choice: str, *, split: str = "random", 
 
 
 def described(name: str, text: str, objects: tuple[str, ...] = ()) -> tuple[Example, Answer]:
-    scene_objects = tuple(SceneObject(str(i), noun, None) for i, noun in enumerate(objects))
+    scene_objects = tuple(AnnotatedObject(str(i), noun, None) for i, noun in enumerate(objects))
     example = replace(
         examples()[0], id=name, group=name, kind="caption", candidates=(), answer="", objects=scene_objects
     )

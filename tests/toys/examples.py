@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 from PIL import Image
 
-from concepts.scene_object import Box
+from concepts.annotated_object import Box
 from concepts.scenes.questions import as_example, existence
 from concepts.scenes.scene import TEST, generator, sample_scene
 from concepts.schema import Example

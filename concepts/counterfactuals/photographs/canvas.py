@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 
 from PIL import Image
 
+from concepts.annotated_object import AnnotatedObject, Box
 from concepts.image_source import ImageSource
 from concepts.outlines import place_outline
-from concepts.scene_object import Box, SceneObject
 from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import ConfigError
 
@@ -117,7 +117,7 @@ def _placed(example: Example, images: Mapping[int, tuple[CanvasImage, tuple[int,
     width, height, left, top = placement(size, image.canvas)
     scale, offset = (width / size[0], height / size[1]), (left, top)
 
-    def place(o: SceneObject) -> SceneObject:
+    def place(o: AnnotatedObject) -> AnnotatedObject:
         def move(x: float, axis: int) -> float:
             return x * scale[axis] + offset[axis]
 

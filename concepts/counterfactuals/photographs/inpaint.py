@@ -14,12 +14,12 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 from PIL import Image
 
+from concepts.annotated_object import AnnotatedObject, Box
 from concepts.counterfactual_pair import CounterfactualPair
 from concepts.counterfactuals.photographs.regions import region_mask, share_covered
 from concepts.image_source import ImageSource
 from concepts.nouns import broader_nouns, canonical_noun
 from concepts.outlines import Outline, outline_record, place_outline
-from concepts.scene_object import Box, SceneObject
 from concepts.schema import ConceptDataset, Example
 
 MARGIN = 3
@@ -131,13 +131,13 @@ def inpaint_pairs(
             yield _pair(example, subject, InpaintedImage(example.image, box, outline), placebo=placebo)
 
 
-def _outline(subject: SceneObject, box: Box, size: tuple[int, int]) -> Outline:
+def _outline(subject: AnnotatedObject, box: Box, size: tuple[int, int]) -> Outline:
     """Return the outline of an object in an image of that size, moved to a box of the same size."""
     own = subject.require_box()
     return place_outline(subject.outline, (1.0, 1.0), (box.x0 - own.x0, box.y0 - own.y0), size)
 
 
-def _problem(image: Image.Image, box: Box, outline: Outline, others: tuple[SceneObject, ...]) -> str | None:
+def _problem(image: Image.Image, box: Box, outline: Outline, others: tuple[AnnotatedObject, ...]) -> str | None:
     """Return why a region cannot be filled, or None."""
     mask = filled_mask(image.size, box, outline)
     if mask.sum() > min(MAX_SHARE * mask.size, MAX_PIXELS):
@@ -162,7 +162,7 @@ def _deviation(image: Image.Image, mask: np.ndarray) -> float:
     return float(rgb2lab(np.asarray(image)[rows, columns] / 255.0)[ring][:, 0].std())
 
 
-def _elsewhere(image: Image.Image, subject: SceneObject, objects: tuple[SceneObject, ...]) -> Box | None:
+def _elsewhere(image: Image.Image, subject: AnnotatedObject, objects: tuple[AnnotatedObject, ...]) -> Box | None:
     """Return a box of the same size that no object's box meets and that can be filled; the first on a grid of half boxes."""
     width, height = image.size
     box = subject.require_box()
@@ -178,7 +178,7 @@ def _elsewhere(image: Image.Image, subject: SceneObject, objects: tuple[SceneObj
     return None
 
 
-def _pair(example: Example, subject: SceneObject, image: InpaintedImage, *, placebo: bool) -> CounterfactualPair:
+def _pair(example: Example, subject: AnnotatedObject, image: InpaintedImage, *, placebo: bool) -> CounterfactualPair:
     if placebo:
         change = f"filled beside the {subject.noun}"
         corrupt = replace(example, id=f"{example.id}|{change}", image=image)

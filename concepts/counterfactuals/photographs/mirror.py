@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 
 from PIL import Image, ImageOps
 
+from concepts.annotated_object import AnnotatedObject, Box
 from concepts.counterfactual_pair import CounterfactualPair
 from concepts.image_files import FileImage
 from concepts.image_source import ImageSource
 from concepts.nouns import singular
 from concepts.outlines import mirror_outline
-from concepts.scene_object import Box, SceneObject
 from concepts.schema import ConceptDataset, Example
 
 NOT_SYMMETRIC = frozenset(
@@ -133,7 +133,7 @@ def _pair(example: Example, *, placebo: bool) -> CounterfactualPair:
     return CounterfactualPair(example, corrupt, "relation", change, "mirror", placebo=placebo)
 
 
-def mirror_objects(objects: tuple[SceneObject, ...], width: int) -> tuple[SceneObject, ...]:
+def mirror_objects(objects: tuple[AnnotatedObject, ...], width: int) -> tuple[AnnotatedObject, ...]:
     """Return objects with their boxes and outlines in the mirrored image of that width."""
     return tuple(
         replace(

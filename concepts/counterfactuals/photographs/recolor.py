@@ -15,12 +15,12 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 from PIL import Image
 
+from concepts.annotated_object import Box
 from concepts.counterfactual_pair import CounterfactualPair
 from concepts.counterfactuals.photographs.color_names import HUES, MIN_SATURATION, PROTOTYPES, color_name, hue_distance
 from concepts.counterfactuals.photographs.regions import region_mask
 from concepts.image_source import ImageSource
 from concepts.outlines import Outline, outline_record
-from concepts.scene_object import Box
 from concepts.schema import ConceptDataset, Example
 
 HUE_TOLERANCE = 0.06

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from concepts.annotated_object import Box
 from concepts.outlines import Outline, outline_pixels
-from concepts.scene_object import Box
 
 
 def region_mask(size: tuple[int, int], box: Box, outline: Outline = ()) -> np.ndarray:
@@ -35,7 +35,7 @@ def region_mask(size: tuple[int, int], box: Box, outline: Outline = ()) -> np.nd
     Examples
     --------
     >>> from concepts.counterfactuals.photographs.regions import region_mask
-    >>> from concepts.scene_object import Box
+    >>> from concepts.annotated_object import Box
     >>> int(region_mask((8, 6), Box(1, 2, 4, 4)).sum())
     6
     """

@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 
+from concepts.annotated_object import AnnotatedObject
 from concepts.counterfactual_pair import CounterfactualPair
 from concepts.image_files import FileImage
 from concepts.nouns import asked_noun, canonical_noun, is_the
-from concepts.scene_object import SceneObject
 from concepts.schema import ConceptDataset, Example
 
 MAX_PARTNERS = 200
@@ -171,7 +171,7 @@ class _Index:
             labels=_labels(example, photograph, subject, answer),
         )  # fmt: skip
 
-    def _same_thing(self, example: Example, photograph: _Photograph) -> SceneObject | None:
+    def _same_thing(self, example: Example, photograph: _Photograph) -> AnnotatedObject | None:
         """Return the only object of another photograph that is what the question is about, if its attribute is annotated."""
         own = example.named_object()
         if own is None:
@@ -179,7 +179,7 @@ class _Index:
         same = [o for o in photograph.example.objects if canonical_noun(o.noun) == canonical_noun(own.noun)]
         return same[0] if len(same) == 1 and example.kind in same[0].attributes else None
 
-    def _present(self, example: Example, photograph: _Photograph) -> SceneObject | None:
+    def _present(self, example: Example, photograph: _Photograph) -> AnnotatedObject | None:
         noun = asked_noun(example.question)
         return next(
             (o for o in photograph.example.objects if noun and canonical_noun(o.noun) == canonical_noun(noun)), None
@@ -192,7 +192,7 @@ class _Index:
         return self._sizes[group]
 
 
-def _labels(example: Example, photograph: _Photograph, subject: SceneObject | None, answer: str) -> dict[str, bool]:
+def _labels(example: Example, photograph: _Photograph, subject: AnnotatedObject | None, answer: str) -> dict[str, bool]:
     """Return the labels of the example's question about another photograph."""
     named = f"{example.level}:named"
     if example.kind == "existence":

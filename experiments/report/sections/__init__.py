@@ -15,11 +15,11 @@ from experiments.report.sections.descriptions import descriptions_section
 from experiments.report.sections.diagnoses import diagnoses_section
 from experiments.report.sections.example import example_section
 from experiments.report.sections.heads import heads_section
+from experiments.report.sections.input_attribution import input_attribution_section
 from experiments.report.sections.levels import levels_section
 from experiments.report.sections.patching import patching_section
 from experiments.report.sections.probes import probes_section
 from experiments.report.sections.provenance import provenance_section
-from experiments.report.sections.sources import sources_section
 from experiments.report.sections.summary import summary_section
 from groundscope.core.registry import Registry
 
@@ -42,7 +42,7 @@ SECTIONS: Registry[Section] = Registry(
         "known": Section("Probes", probes_section, ("probe",)),
         "used": Section("Patching", patching_section, ("patch",)),
         "heads": Section("Heads", heads_section, ("patch",)),
-        "sources": Section("Image and words", sources_section, ("diagnose",)),
+        "sources": Section("Image and words", input_attribution_section, ("diagnose",)),
         "why": Section("Diagnoses", diagnoses_section, ("diagnose",)),
         "corrected": Section("Correction", correction_section, ("steer", "evaluate", "export")),
         "arena": Section("Arena", arena_section, ("arena",)),

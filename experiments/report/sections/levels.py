@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from concepts.concept import LEVELS
 from experiments.report.derived import best_layer
 from experiments.report.html import paragraph, percent, section, table
-from experiments.report.sections.sources import shares
+from experiments.report.sections.input_attribution import shares
 from experiments.results.run_files import RunFiles
 
 KINDS: Mapping[str, str] = {"color": "attribute"}

@@ -62,7 +62,7 @@ def _mean(diagnoses: list[Diagnosis], part: str) -> Point:
     return Point(float(values.mean()), low, high, len(diagnoses))
 
 
-def sources_section(run: RunFiles) -> str:
+def input_attribution_section(run: RunFiles) -> str:
     """Return the section; empty if no answer was split."""
     means = shares(run)
     if not means:

@@ -54,7 +54,7 @@ def check_box(box: Box, name: str) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class SceneObject:
+class AnnotatedObject:
     """An annotated object in an image.
 
     Raises
@@ -65,7 +65,7 @@ class SceneObject:
     Examples
     --------
     >>> import groundscope as gs
-    >>> apple = gs.SceneObject("o1", "apple", gs.Box(10, 20, 40, 50), {"color": "green"})
+    >>> apple = gs.AnnotatedObject("o1", "apple", gs.Box(10, 20, 40, 50), {"color": "green"})
     >>> apple.noun, apple.attributes["color"], apple.require_box().area
     ('apple', 'green', 900)
     """

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
-from behavior.benchmarks.rows import AnsweredQuestion, BenchmarkScore
+from behavior.benchmarks.questions import AnsweredQuestion, BenchmarkScore
 from behavior.benchmarks.specification import Scoring
 from behavior.result import Answer, BehaviorResult, Cost
 from groundscope.core.statistics import FEW_GROUPS, Estimate, cluster_bootstrap, estimate, ratio
@@ -18,7 +18,7 @@ T = TypeVar("T")
 def share(hits: Iterable[bool | float], groups: Iterable[Hashable], of: Iterable[float] | None = None) -> Estimate:
     """Return a rate, or a ratio of totals, with its interval; NaN over nothing.
 
-    >>> from behavior.benchmarks.figures import share
+    >>> from behavior.benchmarks.rates import share
     >>> share([True, False], ["a.jpg", "b.jpg"]).value
     0.5
     """
@@ -28,7 +28,7 @@ def share(hits: Iterable[bool | float], groups: Iterable[Hashable], of: Iterable
 def average(values: Sequence[float], groups: Sequence[Hashable], low: float, high: float) -> Estimate:
     """Return the mean of ratings from `low` to `high`, with its interval.
 
-    >>> from behavior.benchmarks.figures import average
+    >>> from behavior.benchmarks.rates import average
     >>> average([2.0, 4.0], ["a.jpg", "b.jpg"], 0, 6).value
     3.0
     """
@@ -43,7 +43,7 @@ def average(values: Sequence[float], groups: Sequence[Hashable], low: float, hig
 def summed(estimates: Sequence[Estimate], divisor: float = 1.0) -> Estimate:
     """Return the sum of estimates divided by a number; its interval is the sum of theirs, which is wider than needed.
 
-    >>> from behavior.benchmarks.figures import summed
+    >>> from behavior.benchmarks.rates import summed
     >>> from groundscope.core.statistics import Estimate
     >>> summed([Estimate(0.5, 0.25, 0.75, 4), Estimate(1.0, 0.75, 1.0, 4)], 2).value
     0.75
@@ -55,7 +55,7 @@ def summed(estimates: Sequence[Estimate], divisor: float = 1.0) -> Estimate:
 def raw_mean(values: Sequence[float], groups: Sequence[Hashable]) -> Estimate:
     """Return the mean of values without an upper bound, with a bootstrap interval.
 
-    >>> from behavior.benchmarks.figures import raw_mean
+    >>> from behavior.benchmarks.rates import raw_mean
     >>> raw_mean([2.0, 4.0], ["a.jpg", "b.jpg"]).value
     3.0
     """
@@ -68,7 +68,7 @@ def raw_mean(values: Sequence[float], groups: Sequence[Hashable]) -> Estimate:
 def raw_ratio(above: Sequence[float], below: Sequence[float], groups: Sequence[Hashable]) -> Estimate:
     """Return a ratio of totals that may exceed 1, with a bootstrap interval; NaN over nothing.
 
-    >>> from behavior.benchmarks.figures import raw_ratio
+    >>> from behavior.benchmarks.rates import raw_ratio
     >>> raw_ratio([3, 0], [1, 1], ["a.jpg", "b.jpg"]).value
     1.5
     """
@@ -84,7 +84,7 @@ def with_value(exact: Estimate, value: float) -> Estimate:
 
     For a rule that adds constants to denominators or rounds: the interval is that of the exact ratio.
 
-    >>> from behavior.benchmarks.figures import with_value
+    >>> from behavior.benchmarks.rates import with_value
     >>> from groundscope.core.statistics import Estimate
     >>> with_value(Estimate(0.5, 0.4, 0.6, 9), 0.7).high
     0.7
@@ -97,7 +97,7 @@ def with_value(exact: Estimate, value: float) -> Estimate:
 def grouped(rows: Iterable[T], key: Callable[[T], Hashable]) -> dict[Hashable, list[T]]:
     """Return rows by a key, in order of first appearance.
 
-    >>> from behavior.benchmarks.figures import grouped
+    >>> from behavior.benchmarks.rates import grouped
     >>> grouped([1, 2, 3], lambda n: n % 2)
     {1: [1, 3], 0: [2]}
     """

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from behavior.benchmarks.rows import AnsweredQuestion, BenchmarkQuestion
+from behavior.benchmarks.questions import AnsweredQuestion, BenchmarkQuestion
 from concepts.loaders.table import read_rows
 from concepts.reading.record import Record, abbreviate, is_text
 from groundscope.core.errors import DataError
