@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from behavior.benchmarks.answer_journal import AnswerJournal
+from behavior.benchmarks.image_cells import check_image_folder, read_images
 from behavior.benchmarks.joining import check_unique
 from behavior.benchmarks.questions import AnsweredQuestion, BenchmarkQuestion, BenchmarkScore
 from behavior.benchmarks.record_files import write_lines
@@ -140,7 +141,8 @@ def benchmark_data(
         An entry of `BENCHMARKS`.
     images
         Folder of its images. The names of the question file are looked for with and without their folders, with the endings
-        .jpg, .png and .jpeg, and COCO's numbers by COCO's file names.
+        .jpg, .png and .jpeg, and COCO's numbers by COCO's file names. A question file that has its images inside (Parquet as on
+        Hugging Face, or base64 in a table) is given here instead of a folder; its images are read into memory.
     files
         The benchmark's files by name (``BENCHMARKS[name].files``); for MME, ``questions`` is the folder of the release.
     limit
@@ -292,9 +294,7 @@ def _questions(
     if limit is not None and limit < 1:
         msg = f"limit={limit}: must be at least 1"
         raise ConfigError(msg)
-    if not images.is_dir():
-        msg = f"image folder '{images}' does not exist"
-        raise DataError(msg)
+    check_image_folder(images, files)
     if QUESTIONS in benchmark.files and QUESTIONS not in files:
         msg = f"{benchmark.title}: to ask a model, give the file '{QUESTIONS}': {benchmark.files[QUESTIONS]}"
         raise DataError(msg)
@@ -307,9 +307,9 @@ def _questions(
     chosen = []
     for question in questions:
         key = question.kind, question.split
-        if counts.get(key, 0) < limit or (question.image and last.get(key) == question.image):
+        if counts.get(key, 0) < limit or last.get(key) == question.group:
             counts[key] = counts.get(key, 0) + 1
-            last[key] = question.image
+            last[key] = question.group
             chosen.append(question)
     return tuple(chosen)
 
@@ -317,13 +317,13 @@ def _questions(
 def _dataset(
     name: str, questions: Sequence[BenchmarkQuestion], images: Path, *, prompt: str, suffix: str
 ) -> ConceptDataset:
-    folder = ImageFolder(images)
+    find, check = _image_finder(questions, images)
     present = BENCHMARKS[name].present
     examples = []
     for q in questions:
-        image: ImageSource = folder.find(_image_name(folder, q.image), q.where) if q.image else NoImage()
+        image = find(q)
         text = q.text
-        if present is not None and q.image:
+        if present is not None and not isinstance(image, NoImage):
             image, text = present(q, image)
         examples.append(
             Example(
@@ -339,8 +339,39 @@ def _dataset(
                 suffix=suffix,
             )
         )
-    folder.check()
+    check()
     return ConceptDataset(name, tuple(examples), {"loader": "benchmark", "benchmark": name, "kept": len(examples)})
+
+
+def _image_finder(
+    questions: Sequence[BenchmarkQuestion], images: Path
+) -> tuple[Callable[[BenchmarkQuestion], ImageSource], Callable[[], None]]:
+    """Return the function that finds the image of a question, and the one that checks all images that were found."""
+    if images.is_dir():
+        folder = ImageFolder(images)
+
+        def in_folder(question: BenchmarkQuestion) -> ImageSource:
+            name = _image_name(folder, question.image)
+            if question.image_cell is not None and not folder.has(name):
+                file = question.image_cell.file
+                msg = f"{question.where}: '{file}' has the images inside; give images={file} instead of the folder '{images}'"
+                raise DataError(msg)
+            return folder.find(name, question.where) if question.image else NoImage()
+
+        return in_folder, folder.check
+    contents = read_images(q.image_cell for q in questions if q.image_cell is not None)
+
+    def in_file(question: BenchmarkQuestion) -> ImageSource:
+        if question.image_cell is not None:
+            return contents[question.image_cell]
+        if question.image:
+            msg = (
+                f"{question.where}: the image '{question.image}' is not inside the file; give the folder of the images"
+            )
+            raise DataError(msg)
+        return NoImage()
+
+    return in_file, lambda: None
 
 
 def _image_name(folder: ImageFolder, name: str) -> str:

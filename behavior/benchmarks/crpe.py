@@ -20,10 +20,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from behavior.benchmarks import record_files
+from behavior.benchmarks.image_cells import image_name
 from behavior.benchmarks.questions import AnsweredQuestion, BenchmarkQuestion, BenchmarkScore
 from behavior.benchmarks.rates import grouped, incomplete_note, score_of, share
 from behavior.benchmarks.specification import QUESTIONS, AnswerLayout, Benchmark, Scoring
-from concepts.reading.record import Record, is_text
+from concepts.reading.record import Record
 from groundscope.core.errors import DataError
 
 CATEGORIES = ("exist", "subject", "predicate", "object")
@@ -53,7 +54,7 @@ def _question(number: int, record: Record) -> BenchmarkQuestion:
     by_index = "index" in record.values
     return BenchmarkQuestion(
         record.identifier("index" if by_index else "question_id"),
-        record_files.text_or_empty(record, "image_path") or _name(record),
+        image_name(record, "image_path", "image"),
         record.text("question", "text"),
         truth,
         "choice",
@@ -64,12 +65,6 @@ def _question(number: int, record: Record) -> BenchmarkQuestion:
         fields={"set": number // _ROWS},
         where=record.where,
     )
-
-
-def _name(record: Record) -> str:
-    """Return the name of a row's image; empty if the cell is the image itself."""
-    cell = record.values.get("image")
-    return cell if is_text(cell) and len(cell) < 256 else ""
 
 
 def _read(files: Mapping[str, Path]) -> list[BenchmarkQuestion]:

@@ -84,7 +84,10 @@ def _question(_: int, record: Record) -> BenchmarkQuestion:
         candidates=("yes", "no"),
         aliases=("_".join(own),),
         fields=fields
-        | {"gt_answer_details": record_files.text_or_empty(record, "gt_answer_details"), "record": record.values},
+        | {
+            "gt_answer_details": record_files.text_or_empty(record, "gt_answer_details"),
+            "record": record_files.short_cells(record),
+        },
         where=record.where,
     )
 

@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from behavior.benchmarks import record_files
+from behavior.benchmarks.image_cells import image_name
 from behavior.benchmarks.questions import AnsweredQuestion, BenchmarkQuestion, BenchmarkScore
 from behavior.benchmarks.rates import score_of, with_value
 from behavior.benchmarks.specification import QUESTIONS, AnswerLayout, Benchmark, Judge, Scoring
@@ -50,7 +51,7 @@ def _read(files: Mapping[str, Path]) -> list[BenchmarkQuestion]:
     def make(_: int, record: Record) -> BenchmarkQuestion:
         return BenchmarkQuestion(
             record.identifier("question_id"),
-            record_files.text_or_empty(record, "image"),
+            image_name(record),
             record.text("text"),
             "",
             "judged",

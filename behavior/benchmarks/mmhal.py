@@ -62,7 +62,10 @@ def _question(number: int, record: Record) -> BenchmarkQuestion:
         "judged",
         level=_LEVELS.get(kind, ""),
         kind=kind,
-        fields={"record": record.values, "image_content": ", ".join(content) if isinstance(content, list) else ""},
+        fields={
+            "record": record_files.short_cells(record),
+            "image_content": ", ".join(content) if isinstance(content, list) else "",
+        },
         where=record.where,
     )
 

@@ -16,8 +16,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from behavior.benchmarks import record_files
+from behavior.benchmarks.image_cells import find_image, image_name
 from behavior.benchmarks.questions import AnsweredQuestion, BenchmarkQuestion, BenchmarkScore
 from behavior.benchmarks.rates import grouped, incomplete_note, score_of, share
 from behavior.benchmarks.specification import QUESTIONS, AnswerLayout, Benchmark, Scoring
@@ -25,6 +27,9 @@ from concepts.loaders.table import read_rows
 from concepts.reading.record import Record
 from groundscope.core.errors import DataError
 from groundscope.core.text import format_count
+
+if TYPE_CHECKING:
+    from concepts.image_source import ImageSource
 
 SUFFIXES = {
     "yes/no": "Please answer Yes or No.",
@@ -57,12 +62,16 @@ def _read(files: Mapping[str, Path]) -> list[BenchmarkQuestion]:
         task = record_files.label_of(
             record, "Question_Type" if "Question_Type" in record.values else "Question Type", _TYPES
         )
+        cells = [find_image(record, files[QUESTIONS], number, f"Image_{i}") for i in range(2)]
+        names = [
+            image_name(record, f"Image_{i}") or (cell.name if cell else f"{index}_{i}") for i, cell in enumerate(cells)
+        ]
         for place, (q, i) in enumerate(_ORDER):
             truth = _truth(record, f"Image_{i}_Question_{q}", task)
             questions.append(
                 BenchmarkQuestion(
                     f"{index}/q{q}_i{i}",
-                    _image(record, i) or f"{index}_{i}",
+                    names[i],
                     record.text(f"Question_{q}"),
                     _label(_TRUTH[place], task),
                     task,
@@ -70,17 +79,15 @@ def _read(files: Mapping[str, Path]) -> list[BenchmarkQuestion]:
                     aliases=(str(4 * number + place),),
                     fields={"set": index, "place": place, "truth": truth},
                     where=record.where,
+                    image_cell=cells[i],
                 )
             )
     return questions
 
 
-def _image(record: Record, number: int) -> str:
-    """Return the name of an image: text, or the path of an image of a Hugging Face table."""
-    value = record.values.get(f"Image_{number}")
-    if isinstance(value, dict):
-        value = value.get("path")
-    return value if isinstance(value, str) and len(value) < 256 else ""
+def _present(question: BenchmarkQuestion, image: ImageSource) -> tuple[ImageSource, str]:
+    """Append the sentence of the release to the question."""
+    return image, question.text + SUFFIXES[question.task]
 
 
 def _truth(record: Record, name: str, task: str) -> int:
@@ -134,4 +141,5 @@ NATURALBENCH = Benchmark(
     _read,
     _score,
     AnswerLayout(("output", "response", "text"), ids=("id", "question_id", "index"), image=("image",)),
+    present=_present,
 )

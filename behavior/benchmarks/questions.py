@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,26 @@ if TYPE_CHECKING:
 TASKS = ("yes/no", "choice", "short answer", "caption", "judged")
 """Kinds of task: a yes or no, one of several options, a word or phrase that is compared with the truth, a description of the
 image, and a text that a judge rates."""
+
+
+@dataclass(frozen=True)
+class ImageCell:
+    """The place of an image that a question file holds itself.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from behavior.benchmarks.questions import ImageCell
+    >>> ImageCell(Path("questions.parquet"), 0, "image", "0.png").name
+    '0.png'
+    """
+
+    file: Path
+    row: int
+    """Number of the record in the file, from 0."""
+    column: str
+    name: str
+    """Name of the image in the file; if it has none, the start of the SHA-256 of its content: equal for equal images."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +74,8 @@ class BenchmarkQuestion:
     """File and record, for messages."""
     record: Mapping[str, Any] = field(default_factory=dict)
     """The record of the question file, for answer files that repeat it; without long cells, such as images."""
+    image_cell: ImageCell | None = None
+    """Where the question file holds the image itself; None if it only names it."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "fields", MappingProxyType(dict(self.fields)))
@@ -61,7 +84,7 @@ class BenchmarkQuestion:
     @property
     def group(self) -> str:
         """What intervals are clustered by: the image, or the question if it has none."""
-        return self.image or self.id
+        return self.image or (self.image_cell.name if self.image_cell else self.id)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from behavior.benchmarks import record_files
+from behavior.benchmarks.image_cells import image_name
 from behavior.benchmarks.questions import AnsweredQuestion, BenchmarkQuestion, BenchmarkScore
 from behavior.benchmarks.rates import groups_of, score_of, share, with_value
 from behavior.benchmarks.specification import QUESTIONS, AnswerLayout, Benchmark, Scoring
@@ -147,7 +148,7 @@ def _question(_: int, record: Record) -> BenchmarkQuestion:
     fields = {n: record.values[n] for n in ("subject", "object", "sub_box", "obj_box") if n in record.values}
     return BenchmarkQuestion(
         record.identifier("question_id"),
-        record_files.text_or_empty(record, "image"),
+        image_name(record),
         record.text("text"),
         answer,
         "yes/no",

@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from behavior.benchmarks.questions import AnsweredQuestion, BenchmarkQuestion
+from behavior.benchmarks.image_cells import COLUMN, find_image
+from behavior.benchmarks.questions import AnsweredQuestion, BenchmarkQuestion, ImageCell
 from concepts.loaders.table import read_rows
 from concepts.reading.record import Record, abbreviate, is_text
 from groundscope.core.errors import DataError
@@ -21,16 +22,31 @@ VERDICT_IDS = ("id", "question_id", "index", "image_id")
 
 
 def read_questions(path: Path, make: Callable[[int, Record], BenchmarkQuestion | None]) -> list[BenchmarkQuestion]:
-    """Return the questions of a file: `make` gets the number of each record, from 0, and the record; None leaves it out."""
-    questions = []
+    """Return the questions of a file: `make` gets the number of each record, from 0, and the record; None leaves it out.
+
+    Images inside the file become `image_cell`. In tables of VLMEvalKit a row may name the index of another row, which has the
+    image.
+    """
+    questions: list[BenchmarkQuestion] = []
+    cells: dict[str, ImageCell] = {}
     for number, record in enumerate(read_rows(path)):
+        cell = find_image(record, path, number)
+        if cell is not None and "index" in record.values:
+            cells[str(record.values["index"])] = cell
         question = make(number, record)
         if question is not None:
-            questions.append(replace(question, record=_short_cells(record)))
-    return questions
+            questions.append(replace(question, record=short_cells(record), image_cell=cell))
+    if not cells:
+        return questions
+    return [
+        replace(q, image_cell=cells[other], image="" if q.image == other else q.image)
+        if q.image_cell is None and (other := str(q.record.get(COLUMN))) in cells
+        else q
+        for q in questions
+    ]
 
 
-def _short_cells(record: Record) -> dict[str, Any]:
+def short_cells(record: Record) -> dict[str, Any]:
     """Return the fields of a record without images: bytes, and long texts of a table."""
     return {
         name: value

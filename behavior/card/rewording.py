@@ -23,10 +23,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from behavior.benchmarks.rates import share
 from behavior.parsing import YES_NO
+from behavior.result import BehaviorResult, Cost
 from concepts.schema import ConceptDataset, Example
 from groundscope.core.errors import ConfigError, GroundscopeError
 from groundscope.core.registry import Registry
@@ -34,7 +35,7 @@ from groundscope.core.statistics import Estimate
 from groundscope.core.text import nearest
 
 if TYPE_CHECKING:
-    from behavior.result import Answer, BehaviorResult
+    from behavior.result import Answer
     from lvlm.model import Lvlm
 
 PARAPHRASE, FORMAT = "paraphrase", "format"
@@ -152,7 +153,7 @@ class RewordedAnswers:
     """``paraphrase`` and ``format``: share of questions whose answer changes under at least one rule of the kind; and the
     share of each rule, by its name, over the questions that it applies to. Intervals are clustered by image."""
     answers: Mapping[str, BehaviorResult]
-    """Rule to its answers; ids are those of the data."""
+    """Rule to its answers; ids are those of the data. Rules are asked together, so their costs are not known separately."""
     left_out: Mapping[str, str] = field(default_factory=dict)
     """Rule that this model cannot be asked by, such as letters that its tokenizer does not know, to the reason."""
 
@@ -202,42 +203,54 @@ def reword(
     >>> sorted(reword(model, data, gs.answer(model, data), rules=["as_open"]).rates)
     ['as_open', 'format']
     """
-    from behavior.answering import answer
-
     names = list(REWORDINGS.usable()) if rules is None else list(rules)
     check_rules(names)
     first = {a.id: a for a in answers.answers if a.correct is not None}
     questions = [e for e in data if e.candidates and e.id in first]
-    changed: dict[str, dict[str, bool]] = {}
-    results: dict[str, BehaviorResult] = {}
+    reworded: dict[str, tuple[Example, ...]] = {}
     left_out: dict[str, str] = {}
     for name in names:
         rule = REWORDINGS[name]
         examples = tuple(x for e in questions if (x := rule.make(e)) is not None)
-        if not examples:
-            continue
         reason = None if rule.generate else _unknown_candidate(model, examples)
         if reason is not None:
             left_out[name] = reason
-            continue
-        results[name] = answer(
-            model,
-            ConceptDataset(f"{data.name}, {name}", examples),
-            generate=rule.generate,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            progress=progress,
-        )
-        changed[name] = {a.id: differs(first[a.id], a) for a in results[name].answers}
+        elif examples:
+            reworded[name] = examples
+    results: dict[str, BehaviorResult] = {}
+    for generate in (False, True):
+        own = {name: examples for name, examples in reworded.items() if REWORDINGS[name].generate == generate}
+        if own:
+            results |= _ask_together(
+                model, own, generate=generate, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=progress
+            )
+    results = {name: results[name] for name in reworded}
+    changed = {name: {a.id: differs(first[a.id], a) for a in result.answers} for name, result in results.items()}
     rates: dict[str, Estimate] = {}
     for kind in KINDS:
-        own = [changed[name] for name in changed if REWORDINGS[name].kind == kind]
-        ids = [e for e in questions if any(e.id in values for values in own)]
+        of_kind = [changed[name] for name in changed if REWORDINGS[name].kind == kind]
+        ids = [e for e in questions if any(e.id in values for values in of_kind)]
         if ids:
-            rates[kind] = share([any(v.get(e.id, False) for v in own) for e in ids], [e.group for e in ids])
+            rates[kind] = share([any(v.get(e.id, False) for v in of_kind) for e in ids], [e.group for e in ids])
     group_of = {e.id: e.group for e in questions}
     rates |= {name: share(list(v.values()), [group_of[i] for i in v]) for name, v in changed.items()}
     return RewordedAnswers(rates, results, left_out)
+
+
+def _ask_together(model: Lvlm, examples: Mapping[str, Sequence[Example]], **options: Any) -> dict[str, BehaviorResult]:
+    """Ask the questions of several rules at once, so that all questions about one image share its prefix."""
+    from behavior.answering import answer
+
+    rows = [(name, e) for name, members in examples.items() for e in members]
+    data = ConceptDataset("reworded", tuple(replace(e, id=f"{name}/{e.id}") for name, e in rows))
+    result = answer(model, data, **options)
+    answers: dict[str, list[Answer]] = {name: [] for name in examples}
+    for (name, example), row in zip(rows, result.answers, strict=True):
+        answers[name].append(replace(row, id=example.id))
+    return {
+        name: BehaviorResult(tuple(members), Cost(None, None, len(members)), result.provenance)
+        for name, members in answers.items()
+    }
 
 
 def _unknown_candidate(model: Lvlm, examples: Sequence[Example]) -> str | None:

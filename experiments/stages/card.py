@@ -92,7 +92,7 @@ def make_card(context: Context, root: Path) -> str:
         reworded[name] = _reword(condition, answers, context)
     for name, answers in answers_of_files(context).items():
         models.setdefault(name, {}).update(_by_part(answers, context))
-    benchmark_scores, waiting = ask_model(context, root)
+    benchmark_scores, waiting = ask_model(context)
     for source in (scores_of_files(context), benchmark_scores):
         for name, scores in source.items():
             models.setdefault(name, {}).update(scores)

@@ -10,12 +10,15 @@ from typing import Any
 from behavior.benchmarks import BENCHMARKS, BenchmarkScore, ask, benchmark_data, score_files, write_requests
 from behavior.benchmarks.asking import PROMPT
 from experiments.run.context import Context
+from groundscope.core.document_digest import value_digest
 from groundscope.core.errors import ConfigError
+from groundscope.core.paths import below
 from groundscope.core.text import nearest
 from mitigation.named import check_mitigation_name, named_mitigation
 
 ASKED = "asked"
-"""Folder in that of the stage with the answers of the model, and requests for judges."""
+"""Folder of the run with the answers of the model, and requests for judges. It is not that of the stage, which is cleared when an
+option of the card changes: answers remain, for example when verdicts are added."""
 _OF_FILES = ("model", "benchmark", "label", "answers", "files", "verdicts", "variant", "format", "by_place")
 _OF_ASKED = ("images", "limit", "mitigation", "prompt", "suffix", "max_new_tokens")
 Entry = Mapping[str, Any]
@@ -87,17 +90,28 @@ def questions_digest(number: int, entry: Entry, context: Context) -> str:
     return context.once(f"card: questions of entry {number}", read)
 
 
-def ask_model(context: Context, root: Path) -> tuple[Scores, list[str]]:
+def ask_model(context: Context) -> tuple[Scores, list[str]]:
     """Ask the model of the run; return the scores, and a sentence for each benchmark that waits for the verdicts of a judge."""
     scores: Scores = {}
     waiting: list[str] = []
-    for entry in context.config.card.benchmarks:
+    root = below(context.folder.path, ASKED, error=ConfigError)
+    for number, entry in enumerate(context.config.card.benchmarks):
         if not is_asked(entry):
             continue
         name, label, files = str(entry["benchmark"]), label_of(entry), entry.get("files") or {}
         model_name = model_of(entry, context)
         stem = re.sub(r"[^\w.-]+", "-", f"{label}-{model_name}").strip("-.")
-        answers = Path(str(entry.get("answers") or root / ASKED / f"{stem}.jsonl"))
+        # Other questions or settings are other files, because a journal has the answers of one setting.
+        settings = [
+            questions_digest(number, entry, context),
+            context.model_key(),
+            entry.get("max_new_tokens"),
+            str(entry.get("mitigation")),
+        ]
+        stem = f"{stem}-{value_digest(settings)[:8]}"
+        answers = Path(str(entry.get("answers") or root / f"{stem}.jsonl"))
+        if context.config.force and not entry.get("answers"):
+            (root / f"{stem}.asked.jsonl").unlink(missing_ok=True)
         mitigation = named_mitigation(str(entry["mitigation"]), context.model) if entry.get("mitigation") else None
         answered = ask(
             context.model,
@@ -111,7 +125,7 @@ def ask_model(context: Context, root: Path) -> tuple[Scores, list[str]]:
             **_wording(entry),
         )
         if _waits(entry):
-            requests = root / ASKED / f"{stem}.requests.json"
+            requests = root / f"{stem}.requests.json"
             write_requests(name, requests, answered.path, files=answered.other_files)
             waiting.append(f"{label}, {model_name}: give a judge '{requests}', and its verdicts as verdicts=FILE")
             continue

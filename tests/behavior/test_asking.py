@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,8 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 import groundscope as gs
 from behavior.benchmarks import BENCHMARKS, ask, benchmark_data, write_requests
@@ -240,6 +244,79 @@ def test_every_benchmark_can_be_asked_and_its_answer_file_is_read(
 
 def test_every_benchmark_is_in_the_table_of_this_test() -> None:
     assert set(BENCHMARKS) - set(RELEASES) == {"mme", "llava_pope", "naturalbench"}
+
+
+def png(color: str) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (112, 112), color).save(file, format="PNG")
+    return file.getvalue()
+
+
+def test_naturalbench_with_its_images_inside_is_asked_as_from_a_folder(tiny: Lvlm, tmp_path: Path) -> None:
+    colors = [["red", "blue"], ["green", "white"]]
+    rows: list[dict[str, Any]] = []
+    for number, pair in enumerate(colors):
+        row: dict[str, Any] = {"Index": number, "Question_Type": "yes_no"}
+        for i, color in enumerate(pair):
+            row |= {f"Image_{i}": {"bytes": png(color), "path": None}, f"Question_{i}": f"Is there a {color} dog?"}
+            row |= {f"Image_{i}_Question_{q}": "Yes" if i == q else "No" for q in range(2)}
+            (tmp_path / f"{number}_{i}.png").write_bytes(png(color))
+        rows.append(row)
+    inside = tmp_path / "naturalbench.parquet"
+    parquet.write_table(pa.Table.from_pylist(rows), inside)
+    names = [r | {f"Image_{i}": f"{n}_{i}.png" for i in range(2)} for n, r in enumerate(rows)]
+    outside = tmp_path / "naturalbench.jsonl"
+    outside.write_text("".join(json.dumps(row) + "\n" for row in names))
+    data = benchmark_data("naturalbench", inside, {"questions": inside})
+    assert [e.image.load().getpixel((0, 0)) for e in data[:4]] == [(255, 0, 0), (0, 0, 255)] * 2
+    assert data[0].question == "Is there a red dog?Please answer Yes or No."
+    assert len({e.group for e in data}) == 4
+    assert len(benchmark_data("naturalbench", inside, {"questions": inside}, limit=1)) < len(data)
+    scores = []
+    for images, file in ((inside, inside), (tmp_path, outside)):
+        asked = ask(
+            tiny, "naturalbench", tmp_path / f"{file.suffix}.jsonl", images, {"questions": file}, max_new_tokens=3
+        )
+        scores.append(asked.score())
+    assert [a.text for a in scores[0].answers.answers] == [a.text for a in scores[1].answers.answers]
+    assert scores[0].figures == scores[1].figures
+    with pytest.raises(GroundscopeError, match=r"has the images inside; give images=.*naturalbench\.parquet"):
+        benchmark_data("naturalbench", tmp_path, {"questions": inside})
+    with pytest.raises(GroundscopeError, match="is not inside the file; give the folder"):
+        benchmark_data("naturalbench", outside, {"questions": outside})
+    with pytest.raises(GroundscopeError, match="is a file: give the folder of the images"):
+        benchmark_data("naturalbench", outside, {"questions": inside})
+
+
+TABLES = {
+    "crpe": "index\timage\tquestion\tcategory\tcorrect_option\n",
+    "r_bench": "question_id\timage\ttext\tlabel\n",
+    "llava_bench": "question_id\timage\ttext\tcategory\n",
+    "mmhal": "index\timage\tquestion\tgt_answer\n",
+    "mmvp": "Index\timage\tQuestion\tOptions\tCorrect Answer\n",
+}
+"""Header of a table with base64 images, as VLMEvalKit distributes benchmarks; the other cells of a row are `CELLS`."""
+CELLS = {"question": "Which? A. a B. b C. c D. d", "text": "Is it on it?", "category": "exist", "correct_option": "A",
+         "label": "yes", "gt_answer": "A cat.", "Question": "Is it?", "Options": "(a) Open (b) Closed",
+         "Correct Answer": "(a)"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_with_base64_images_are_read(tmp_path: Path, name: str) -> None:
+    header = TABLES[name].rstrip("\n").split("\t")
+    # Cells are as long as those of photographs; the last row names the index of the first, as in VLMEvalKit.
+    images = [base64.b64encode(png(color) + bytes(300)).decode() for color in ("red", "blue", "lime")]
+    lines = [
+        "\t".join(str(i) if column.lower() in {"index", "question_id"} else image if column == "image" else CELLS[column]
+                  for column in header)
+        for i, image in enumerate([*images, "0" if "index" in header else images[0]])
+    ]  # fmt: skip
+    path = tmp_path / "table.tsv"
+    path.write_text("\n".join([TABLES[name].rstrip("\n"), *lines]) + "\n")
+    data = benchmark_data(name, path, {"questions": path})
+    pixels = [e.image.load().getpixel((0, 0)) for e in data]
+    assert pixels == [(255, 0, 0), (0, 0, 255), (0, 255, 0), (255, 0, 0)]
+    assert data[0].group == data[3].group or name == "mmvp"
 
 
 def test_questions_without_text_ask_for_a_description(images: Path, tmp_path: Path) -> None:

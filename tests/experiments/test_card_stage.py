@@ -158,7 +158,7 @@ def test_the_model_is_asked_a_benchmark_and_scored(mme: Path, tmp_path: Path, mo
     for model in card.models:
         assert card.row(model, "mme", "no level").n == card.row(model, "mme", "object").n == 6
         assert {f.figure for f in card.figures if f.model == model and f.part == "all"} == {"perception", "cognition"}
-    assert (folder / "card" / "asked" / "mme-tiny" / "existence.txt").is_file()
+    assert len(list((folder / "asked").glob("mme-tiny*/existence.txt"))) == 2
     assert run(tmp_path, *words)[1].count("unchanged") == 1
 
 
@@ -169,8 +169,37 @@ def test_a_judged_benchmark_writes_requests_first(mme: Path, tmp_path: Path) -> 
     words = ["card.conditions=[]", "stages=[card]"]
     with pytest.raises(GroundscopeError, match=r"no answers of the card can be scored yet.*give a judge"):
         run(tmp_path, *words, f"card.benchmarks=[{entry}}}]")
-    (request,) = (tmp_path / "card" / "card" / "asked").glob("*.requests.json")
+    (request,) = (tmp_path / "card" / "asked").glob("*.requests.json")
     assert json.loads(request.read_text())["prompt"] == "What is here?"
+
+
+def test_verdicts_that_are_added_later_are_scored_without_asking_again(
+    mme: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int]] = []
+    original = card_benchmarks.ask
+
+    def counted(*args: Any, **options: Any) -> Any:
+        result = original(*args, **options)
+        asked.append((len(result.answers), result.reused))
+        return result
+
+    monkeypatch.setattr(card_benchmarks, "ask", counted)
+    questions, verdicts = tmp_path / "questions.jsonl", tmp_path / "verdicts.jsonl"
+    rows = [{"image": f"{i}.png", "reference caption": ["A cat."]} for i in range(3)]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    verdicts.write_text("".join(json.dumps({"id": r["image"], "reply": "yes"}) + "\n" for r in rows))
+    about = f"benchmark: haelm, images: '{mme / 'existence'}', files: {{questions: '{questions}'}}, max_new_tokens: 2"
+    words = ["card.conditions=[]", "stages=[card]"]
+    with pytest.raises(GroundscopeError, match="give a judge"):
+        run(tmp_path, *words, f"card.benchmarks=[{{{about}}}]")
+    entry = f"card.benchmarks=[{{{about}, verdicts: '{verdicts}'}}]"
+    folder, _ = run(tmp_path, *words, entry)
+    assert EvaluationCard.load(folder / "card" / "card.json").row("tiny", "haelm").n == 3
+    run(tmp_path, *words, entry, "card.profiles=[driving]")  # another option of the card
+    assert asked == [(3, 0), (3, 3), (3, 3)]
+    run(tmp_path, *words, entry, "force=true")
+    assert asked[-1] == (3, 0)
 
 
 def test_answers_that_change_are_columns_of_the_model_of_a_run(card_run: tuple[Path, str]) -> None:
