@@ -220,8 +220,9 @@ def answer_each(
 
         def read(batch: QuestionBatch, logits_per_condition: Sequence[Tensor]) -> None:
             examples = [e.example for e in batch.prompts.encodings]
+            keys = _rows_of_keys(model, examples)
             for name, scores in zip(batch.conditions, logits_per_condition, strict=True):
-                rows[name].update(zip(batch.index, _choose(model, examples, scores), strict=True))
+                rows[name].update(zip(batch.index, _choose(model, examples, keys, scores), strict=True))
             advance(batch)
 
         # GPU work is asynchronous until its results are read, so encode and submit the next batch before that.
@@ -312,8 +313,18 @@ def _check(model: Lvlm, data: ConceptDataset, *, generate: bool, score: str) -> 
             candidate_tokens(model, example, score)  # raises for candidates that texts cannot distinguish
 
 
-def _choose(model: Lvlm, examples: Sequence[Example], logits: Tensor) -> list[Answer]:
-    """Return the answer with the best candidate for each row of logits ``[B, V]``."""
+def _rows_of_keys(model: Lvlm, examples: Sequence[Example]) -> dict[AnswerKey, list[int]]:
+    """Return the rows of each answer key, which are scored together."""
+    rows: dict[AnswerKey, list[int]] = {}
+    for row, example in enumerate(examples):
+        rows.setdefault(answer_key(model, example), []).append(row)
+    return rows
+
+
+def _choose(
+    model: Lvlm, examples: Sequence[Example], keys: Mapping[AnswerKey, Sequence[int]], logits: Tensor
+) -> list[Answer]:
+    """Return the answer with the best candidate for each row of logits ``[B, V]``, given the rows of each answer key."""
     wide = logits.float()
     log_total = wide.logsumexp(-1)  # [B]; not finite if any logit is NaN or infinite
     for example, total in zip(examples, log_total.tolist(), strict=True):
@@ -325,12 +336,8 @@ def _choose(model: Lvlm, examples: Sequence[Example], logits: Tensor) -> list[An
             raise ModelError(msg)
     # A decoder excludes tokens by minus infinity; a margin stays finite.
     wide = wide.clamp_min(_EXCLUDED)
-    # Score rows together whose candidates and first tokens are the same.
-    rows_of_key: dict[AnswerKey, list[int]] = {}
-    for row, example in enumerate(examples):
-        rows_of_key.setdefault(answer_key(model, example), []).append(row)
     answers: dict[int, Answer] = {}
-    for key, members in rows_of_key.items():
+    for key, members in keys.items():
         scores = key.scores(wide[members])  # [M, n_candidates]
         shares = (scores - log_total[members, None]).exp().tolist()
         for row, values, probabilities in zip(members, scores.tolist(), shares, strict=True):

@@ -33,7 +33,7 @@ from lvlm.encoding.registry import image_encodings
 from lvlm.family.module_detection import complete, heads_of, text_config, vision_heads
 from lvlm.family.specification import FamilySpec, layer_list
 from lvlm.interfaces import EncodedImage, ImageEncoding
-from lvlm.processor_digest import pixel_settings
+from lvlm.processor_digest import pixel_settings_key
 from lvlm.prompting import prompt_of
 from lvlm.sampling import Sampling
 from lvlm.sites import Site
@@ -117,6 +117,7 @@ class Lvlm:
         self._scaled: bool = bool(getattr(text, "scale_decoder_outputs", False))
         self._tower: tuple[tuple[nn.Module, ...], nn.Module | None] | None = None
         self._answer_cache: dict[Hashable, Any] = {}
+        self._signature: tuple[Any, frozenset[str]] | None = None
         self._image_cache: BoundedCache[EncodedImage] = BoundedCache(IMAGE_CACHE_BYTES, _bytes_of)
 
     def __repr__(self) -> str:
@@ -233,10 +234,13 @@ class Lvlm:
     @property
     def accepts(self) -> frozenset[str]:
         """Names of the arguments of the model's forward method."""
-        return frozenset(inspect.signature(self.hf.forward).parameters)
+        forward = self.hf.forward  # tools may replace it
+        if self._signature is None or self._signature[0] != forward:
+            self._signature = forward, frozenset(inspect.signature(forward).parameters)
+        return self._signature[1]
 
     def _encode_image(self, source: ImageSource) -> EncodedImage:
-        key = (source.identity, pixel_settings(self.processor))
+        key = (source.identity, pixel_settings_key(self.processor))
         return self._image_cache.get(key, lambda: self.image_encoding.encode(self, source.load()))
 
     # -- running ---------------------------------------------------------------------------------------------------

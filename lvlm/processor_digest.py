@@ -13,6 +13,13 @@ def pixel_settings(processor: Any) -> str:
     return _digest([type(image_processor), _settings(image_processor), type(processor), _plain_attributes(processor)])
 
 
+def pixel_settings_key(processor: Any) -> tuple[type, str, type, str]:
+    """Return a key of the same settings for a cache in memory, which is cheap enough to compute for each image."""
+    image_processor = getattr(processor, "image_processor", None)
+    attributes = "" if image_processor is None else repr(sorted(vars(image_processor).items()))
+    return type(image_processor), attributes, type(processor), repr(_plain_attributes(processor))
+
+
 def processor_digest(processor: Any) -> str:
     """Return a digest of image settings, tokenizer and chat template, which determine pixels and tokens.
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from groundscope.core.errors import ProbeError
 from groundscope.core.progress import step_bar
+from groundscope.core.threads import threads_for
 from probes.grid import ProbeGrid
 from probes.protocol.cell import SCORES, Recipe, fit_cell
 from probes.protocol.checkpoint import Checkpoint, digest
@@ -234,7 +235,8 @@ def fit_grid(
     )
     out = _empty(len(concepts), len(array.layers), n_heads, width, len(held_out), numbers=any(numbers))
     label = f"probing {array.stack}.{array.component}"
-    with step_bar(label, len(array.layers) * n_heads, show=progress) as advance:
+    bar = step_bar(label, len(array.layers) * n_heads, show=progress)
+    with threads_for(_operations(tasks, len(C), width)), bar as advance:
         for at, layer in enumerate(array.layers):
             results = saved.load(layer)
             if results is None:
@@ -270,6 +272,11 @@ def fit_grid(
         train_groups=tuple(str(g) for g in np.unique(table.groups[table.fold >= 0])),
         provenance=options,
     )
+
+
+def _operations(tasks: Sequence[Task], candidates: int, width: int) -> float:
+    """Return the multiplications and additions in one product of an iteration: all problems of a task by its rows' features."""
+    return max((task.labels.size * candidates * min(width, task.labels.shape[1]) for task in tasks), default=0)
 
 
 def _fit_layer(

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from groundscope.core.threads import set_threads
+
 
 @contextmanager
 def defer_interrupt() -> Iterator[None]:
@@ -42,6 +44,4 @@ def load_torch(threads: int | None) -> None:
     An interrupt inside the import of its C++ part would abort the process without a message.
     """
     with defer_interrupt():
-        import torch
-    if threads:
-        torch.set_num_threads(threads)
+        set_threads(threads)

@@ -120,10 +120,12 @@ def encode(
     inputs: Inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
     for name in images[0].inputs if images else ():
         inputs[name] = _join(model, prompt.name, [image.inputs[name] for image in images], sizes)
+    content = model.content_id
+    of_image = [token == content for token in ids]
     # Models need token types for positions with three axes, or for bidirectional attention among image tokens.
     for name in ("mm_token_type_ids", "token_type_ids"):
         if name in model.accepts:
-            inputs[name] = torch.tensor([[int(token == model.content_id and model.spec.token_types) for token in ids]])
+            inputs[name] = torch.tensor([[int(here and model.spec.token_types) for here in of_image]])
     if images and model.image_encoding.extra_inputs is not None:
         inputs.update(model.image_encoding.extra_inputs(model, ids, images, text))
     positions = image_tokens(model, inputs)[0].nonzero().flatten().tolist() if image_in_sequence(model) else []
@@ -141,7 +143,7 @@ def encode(
             1, (), views, boxes=prompt.boxes or {}, subject=prompt.subject, sequence=sequence, encoder=True
         )
         return _with_prefix(model, prompt, inputs, tokens)
-    with_image = _tokens_in(offsets, image_spans) | {i for i, token in enumerate(ids) if token == model.content_id}
+    with_image = _tokens_in(offsets, image_spans) | {i for i, here in enumerate(of_image) if here}
     separators = tuple(sorted(with_image - set(positions)))
     tokens = TokenMap(len(ids), question, views, separators, prompt.boxes or {}, prompt.subject, sequence)
     return _with_prefix(model, prompt, inputs, tokens)

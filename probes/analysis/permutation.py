@@ -20,13 +20,13 @@ from groundscope.core.permutations import LEAST_MOVABLE
 from groundscope.core.progress import step_bar
 from groundscope.core.short_repr import short_repr
 from groundscope.core.text import format_count, nearest
+from groundscope.core.threads import map_in_threads
 from probes.analysis.reproduce_split import reproduce_split
 from probes.grid import ProbeGrid
 from probes.protocol.controls import movable, shuffle_labels, shuffle_within
 from probes.protocol.inputs import ProbedArray
 from probes.protocol.tasks import SplitRows
 from probes.solvers.ridge_many_labels import Targets, ridge_scores
-from probes.solvers.threads import map_in_threads
 
 if TYPE_CHECKING:
     import pandas as pd

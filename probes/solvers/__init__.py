@@ -5,5 +5,5 @@
 - `multinomial`: softmax regression, certified
 - `closed_form`: ridge, linear discriminant and mean difference from one factorization
 - `ridge_many_labels`: ridge for thousands of permuted labels
-- `constant_columns`, `threads`: constant columns; parallel blocks
+- `constant_columns`, `allocator`: constant columns; memory that is kept for later fits
 """

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from groundscope.core.errors import ProbeError
+from probes.solvers.allocator import keep_freed_memory
 from probes.solvers.constant_columns import column_scales
 from probes.solvers.duality_gap import certify
 from probes.solvers.lbfgs import minimize
 from probes.solvers.logistic_reference import LinearFit, fit_logistic
 from probes.solvers.rotated_features import Space, space_of, square_sums
-from probes.solvers.threads import keep_freed_memory
 
 ELEMENTS = {"cpu": 250_000, "cuda": 40_000_000}
 """Maximum problems x rows per batch by device type; the iterations hold about ten such arrays."""

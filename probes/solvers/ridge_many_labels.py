@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from groundscope.core.threads import MapFunction
+from probes.solvers.allocator import keep_freed_memory
 from probes.solvers.constant_columns import column_scales
-from probes.solvers.threads import MapFunction, keep_freed_memory
 
 CHUNK = 1000
 """Columns of labels per matrix product, small enough for the processor's cache."""
@@ -60,7 +61,7 @@ def ridge_scores(features: np.ndarray, targets: Targets, C: np.ndarray, each: Ma
     C
         Candidate inverse penalties, increasing.
     each
-        The `map` over folds and blocks of columns: `probes.solvers.threads.map_in_threads`.
+        The `map` over folds and blocks of columns: `groundscope.core.threads.map_in_threads`.
 
     Returns
     -------

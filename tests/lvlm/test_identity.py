@@ -167,6 +167,17 @@ def test_a_cache_entry_is_not_used_if_its_inputs_changed() -> None:
     fresh.processor.image_processor.do_normalize = False
     assert torch.equal(lvlm.encode(question).inputs["pixel_values"], fresh.encode(question).inputs["pixel_values"])
     assert not torch.equal(lvlm.encode(question).inputs["pixel_values"], first)
+    lvlm.processor.image_processor.do_normalize = True
+    mean = list(lvlm.processor.image_processor.image_mean)
+    lvlm.processor.image_processor.image_mean = mean
+    assert torch.equal(lvlm.encode(question).inputs["pixel_values"], first)
+    mean[0] += 0.5  # changed within the list
+    assert not torch.equal(lvlm.encode(question).inputs["pixel_values"], first)
+    forward, names = lvlm.hf.forward, lvlm.accepts
+    lvlm.hf.forward = lambda input_ids, only_here=None: forward(input_ids)
+    assert lvlm.accepts == {"input_ids", "only_here"}
+    lvlm.hf.forward = forward
+    assert lvlm.accepts == names
     key = answer_key(lvlm, question)
     lvlm.processor.tokenizer.add_tokens(["No!"])
     assert answer_key(lvlm, question) is not key
