@@ -136,7 +136,7 @@ def answer_each(
     data: ConceptDataset,
     conditions: Mapping[str, Callable[[], AbstractContextManager[None]]],
     *,
-    logits: Callable[[Batch], Sequence[Tensor]] | None = None,
+    logits: Callable[[Batch | PrefixBatch], Sequence[Tensor]] | None = None,
     generate: bool = False,
     score: str = FIRST_TOKEN,
     parser: str | None = None,
@@ -203,7 +203,7 @@ def answer_each(
         examples = [data.examples[i] for i in rows_of_kind]
         for batch in question_batches(model, examples, batch_size, list(conditions), names, extra):
             if isinstance(batch.prompts, PrefixBatch):
-                shared.update(batch.conditions)
+                shared.update(name for name in batch.conditions if name in sharing)
             yield replace(batch, index=tuple(rows_of_kind[i] for i in batch.index))
 
     def in_contexts(batch: QuestionBatch) -> Iterator[Tensor]:
@@ -241,10 +241,11 @@ def answer_each(
                 rows[name].update(zip(batch.index, answers, strict=True))
             advance(batch)
         of_tokens = scored if score == FIRST_TOKEN else []
-        for batch in batches(of_tokens, sharing if logits is None else ()):
-            whole = batch.prompts
-            several = None if logits is None or isinstance(whole, PrefixBatch) else logits(whole)
-            logits_per_condition = list(in_contexts(batch)) if several is None else several
+        together = (
+            logits is not None and len(sharing) > 1
+        )  # `logits` takes whole prompts for the conditions that need them
+        for batch in batches(of_tokens, tuple(conditions) if together else sharing if logits is None else ()):
+            logits_per_condition = list(in_contexts(batch)) if logits is None else logits(batch.prompts)
             if unread is not None:
                 read(*unread)
             unread = batch, logits_per_condition

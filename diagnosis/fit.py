@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, overload
 
@@ -72,10 +73,10 @@ class DirectionSet(Sequence["ConceptDirection"]):
     def __len__(self) -> int:
         return len(self.directions)
 
-    @property
+    @cached_property
     def train_groups(self) -> frozenset[str]:
         """Groups that a probe was fitted to; answers about their images cannot be diagnosed."""
-        return frozenset(group for direction in self.directions for group in direction.train_groups)
+        return frozenset[str]().union(*{direction.train_groups for direction in self.directions})
 
 
 def training_rows(store: ActivationStore, *, seed: int = 0) -> np.ndarray:

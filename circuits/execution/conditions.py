@@ -1,9 +1,10 @@
-"""Run the same questions under many conditions, computing their shared prefix once."""
+"""Run the same questions under many conditions, computing once what the conditions share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from torch import Tensor
 from circuits.execution.memory import MEMORY, kept_bytes
 from circuits.execution.patch_runner import PatchRunner
 from circuits.interventions.intervention import Intervention, intervened, placed
+from lvlm.access.shared_vision_run import share_vision_runs
+from lvlm.decoding.prefix_run import PrefixBatch
 from lvlm.model import Batch, Lvlm
 
 Condition = Sequence[Intervention]
@@ -22,14 +25,17 @@ _AT_LAST = ("z", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 
 def logits_under(
     model: Lvlm, conditions: Sequence[Condition], *, memory: int = MEMORY
-) -> Callable[[Batch], list[Tensor]]:
+) -> Callable[[Batch | PrefixBatch], list[Tensor]]:
     """Return a function from a batch to its logits at the last position under each condition, ``[B, V]`` each.
 
     A change of the decoder does not affect layers before it, and a change at the last token no earlier position. So the batch is
     run once without changes, and each condition whose changes are all at the last token, or at all tokens, resumes it for these
     tokens from the first layer that it changes; any other condition takes a full forward pass. Each resumed batch includes an
     unchanged row as a check; if a model's layers cannot be resumed, every condition takes a full forward pass, and the logger
-    ``circuits.execution.patch_runner`` emits a WARNING. Both ways give the same results up to the order of floating-point sums.
+    ``circuits.execution.patch_runner`` emits a WARNING. All ways give the same results up to the order of floating-point sums.
+
+    In a batch of questions that share prefixes (`lvlm.decoding.prefix_run.PrefixBatch`), the prefix of an image runs once for all
+    its questions and for all conditions at the last token; the other conditions take whole prompts.
 
     Parameters
     ----------
@@ -58,16 +64,35 @@ def logits_under(
     (True, False)
     """
     late = {i: condition for i, condition in enumerate(conditions) if condition and all(map(_resumable, condition))}
+    at_last = {i: items for i, items in late.items() if all(item.positions in _LAST for item in items)}
     plain = [i for i, condition in enumerate(conditions) if not condition]
-    runner = PatchRunner(model, memory=memory, check="every")
+    runner, tail_runner = (PatchRunner(model, memory=memory, check="every") for _ in range(2))
 
-    def run(batch: Batch) -> list[Tensor]:
-        results = _resumed(model, runner, batch, late, plain, memory) if late else {}
-        for i, condition in enumerate(conditions):
+    def run_whole(batch: Batch, numbers: Collection[int]) -> dict[int, Tensor]:
+        """Return the logits of some conditions for whole prompts."""
+        resumed = {i: items for i, items in late.items() if i in numbers}
+        unchanged = [i for i in plain if i in numbers]
+        results = _resumed(model, runner, batch, resumed, unchanged, memory) if resumed else {}
+        for i in numbers:
             if i not in results:
-                with intervened(model, condition):
-                    results[i] = model.logits(batch.inputs)
-        return [results[i] for i in range(len(conditions))]
+                with intervened(model, conditions[i]):
+                    results[i] = model.logits(batch.inputs, batch.images)
+        return results
+
+    def run(batch: Batch | PrefixBatch) -> list[Tensor]:
+        every = range(len(conditions))
+        if not isinstance(batch, PrefixBatch):
+            results = run_whole(batch, every)
+            return [results[i] for i in every]
+        results = _resumed_after_prefixes(model, tail_runner, batch, at_last, plain)
+        others = [i for i in every if i not in results]
+        if others:
+            parts = [(part.index, run_whole(part, others)) for part in _whole_prompts(model, batch)]
+            order = torch.tensor([row for index, _ in parts for row in index]).argsort()
+            for i in others:
+                joined = torch.cat([columns[i] for _, columns in parts])
+                results[i] = joined[order.to(joined.device)]
+        return [results[i] for i in every]
 
     return run
 
@@ -79,6 +104,36 @@ def _resumable(item: Intervention) -> bool:
     return (
         here and isinstance(positions, str) and positions in (*_LAST, "all") and item.rows is None and item.gate is None
     )
+
+
+def _resumed_after_prefixes(
+    model: Lvlm, runner: PatchRunner, batch: PrefixBatch, at_last: dict[int, Condition], plain: Sequence[int]
+) -> dict[int, Tensor]:
+    """Return the logits of the unchanged model and of conditions at the last token, for questions that share prefixes.
+
+    Without conditions at the last token, or if the model's runs cannot be resumed, those of the unchanged model only.
+    """
+    recording = runner.record_tails(batch) if at_last else None
+    if recording is None:
+        unchanged = batch.logits() if plain else None
+        return {i: unchanged for i in plain if unchanged is not None}
+    last = (recording.start,)
+    rows = [tuple(replace(placed(model, item), positions=last) for item in items) for items in at_last.values()]
+    logits = runner.resume(recording, rows, lambda logits: logits[:, :, -1])  # [B, rows, V]
+    results = dict.fromkeys(plain, recording.logits[:, -1])
+    if logits is not None:
+        results |= dict(zip(at_last, logits.unbind(1), strict=True))
+    return results
+
+
+def _whole_prompts(model: Lvlm, batch: PrefixBatch) -> Iterator[Batch]:
+    """Yield the rows of a batch as whole prompts of equal shape."""
+    by_shape: dict[tuple[Any, ...], list[int]] = {}
+    for row, encoding in enumerate(batch.encodings):
+        by_shape.setdefault(encoding.shape, []).append(row)
+    for rows in by_shape.values():
+        encodings = tuple(batch.encodings[row] for row in rows)
+        yield Batch(tuple(rows), encodings, model.collate(encodings))
 
 
 def _resumed(
@@ -96,7 +151,8 @@ def _resumed(
         encodings = batch.encodings[k : k + rows_within]
         whole = len(encodings) == len(batch.encodings)
         last = encodings[0].tokens.last
-        recording = runner.record(batch.inputs if whole else model.collate(encodings), 0 if every else last)
+        with share_vision_runs(model, [e.image_key for e in encodings]):
+            recording = runner.record(batch.inputs if whole else model.collate(encodings), 0 if every else last)
         if recording is None:
             return {}
         where = {"all": tuple(range(recording.length))}

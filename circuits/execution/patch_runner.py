@@ -13,6 +13,8 @@ from circuits.execution.memory import MEMORY
 from circuits.execution.prefix_attention import NotShared
 from circuits.execution.prefix_cache import Recording, See, record
 from circuits.execution.suffix_runner import Reader, Row, resume
+from circuits.execution.tail_recording import record_tails
+from lvlm.decoding.prefix_run import PrefixBatch
 from lvlm.model import Lvlm
 from lvlm.sites import Site
 
@@ -54,6 +56,16 @@ class PatchRunner:
             return None
         try:
             return record(self._model, inputs, start, sites, keep)
+        except NotShared as why:
+            self._fall_back(why)
+            return None
+
+    def record_tails(self, batch: PrefixBatch) -> Recording | None:
+        """Run the tails of questions that share prefixes, and record their last tokens; None as for `record`."""
+        if not self._shared:
+            return None
+        try:
+            return record_tails(self._model, batch)
         except NotShared as why:
             self._fall_back(why)
             return None

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from groundscope.core.errors import PatchError
 from lvlm.access.eager_attention import attention
@@ -106,6 +107,8 @@ def _attend(
     """Return the output of queries ``[P, n, H, S, d]``, one softmax over prefix and suffix, ``[P, n, KV, G, S, d]``."""
     examples, rows, heads, size, width = query.shape
     kv = prefix.keys.shape[1]
+    if suffix is not None and not prefix.keys.shape[2] and softcap is None:
+        return _attend_within(query, *suffix, own, scaling)
     q = query.unflatten(2, (kv, heads // kv))  # [P, n, KV, G, S, d]
     # All rows of an example are queries of one batched product with its prefix.
     flat = q.permute(0, 2, 1, 3, 4, 5).reshape(examples, kv, -1, width)
@@ -133,6 +136,22 @@ def _attend(
         shares = suffix_scores.transpose(1, 2).flatten(3, 4).to(dtype)  # [P, n, KV, G S, S]
         read = read + (shares @ suffix[1]).unflatten(3, (-1, size)).transpose(1, 2)
     return (read / total).to(query.dtype).transpose(1, 2)
+
+
+def _attend_within(query: Tensor, keys: Tensor, values: Tensor, own: Tensor | None, scaling: float) -> Tensor:
+    """Return the same without a prefix, by torch's attention, ``[P, n, KV, G, S, d]``."""
+    examples, rows, heads, size, _ = query.shape
+    if own is not None:  # [P or 1, H or 1, S, S]
+        own = own.to(query.dtype)[:, None].expand(examples, rows, -1, -1, -1).flatten(0, 1)
+    read = scaled_dot_product_attention(
+        query.flatten(0, 1),
+        keys.flatten(0, 1),
+        values.flatten(0, 1),
+        own,
+        scale=scaling,
+        enable_gqa=heads > keys.shape[2],
+    )
+    return read.view(examples, rows, keys.shape[2], -1, size, read.shape[-1])
 
 
 def _scaled(scores: Tensor, scaling: float, softcap: float | None) -> Tensor:

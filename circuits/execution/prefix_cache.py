@@ -57,9 +57,13 @@ class Recording(Values):
     """Cross-attention layers."""
     added: tuple[Tensor | None, ...]
     """Values that the model adds between a layer and the next, ``[P, S, D]``; empty for most families."""
+    first: int = 0
+    """Position of the first query of `masks` and `arguments`: the tokens before it ran earlier (`tail_recording`)."""
 
     def closed(self, start: int) -> int:
         """Return the last position s <= `start` such that in no layer a position before s attends to s or later."""
+        if self.first:  # prefixes are continued only where no token attends to later ones
+            return start
         for mask in {id(m): m for i, m in enumerate(self.masks) if m is not None and i not in self.cross}.values():
             start = closed(mask, start)
         return start
@@ -92,9 +96,9 @@ def record(
 
             def called(module: nn.Module, args: Any, kwargs: Any, layer: int = layer) -> None:
                 nonlocal begin
-                calls[layer] = _named(module, args, kwargs)
+                calls[layer] = named_arguments(module, args, kwargs)
                 if not crosses(model, layer):
-                    begin = closed(_mask(model, layer, calls[layer]), begin)
+                    begin = closed(layer_mask(model, layer, calls[layer]), begin)
 
             def entered(x: Tensor, layer: int = layer) -> None:
                 residual[layer] = x[:, begin:].clone()
@@ -129,8 +133,8 @@ def record(
         tuple(residual[i] for i in layers),
         tuple(cache.layers[i].keys for i in layers),
         tuple(cache.layers[i].values for i in layers),
-        tuple(_mask(model, i, calls[i]) for i in layers),
-        tuple({n: v for n, v in calls[i].items() if v is not cache} | _cache_name(calls[i], cache) for i in layers),
+        tuple(layer_mask(model, i, calls[i]) for i in layers),
+        tuple({n: v for n, v in calls[i].items() if v is not cache} | cache_argument(calls[i], cache) for i in layers),
         frozenset(i for i in layers if crosses(model, i)),
         tuple(residual[i + 1] - after[i] if i in after and i + 1 < model.n_layers else None for i in layers)
         if after
@@ -176,7 +180,7 @@ def crosses(model: Lvlm, layer: int) -> bool:
     return model.attends("decoder", layer, cross=True) and not model.attends("decoder", layer, cross=False)
 
 
-def _named(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return a layer's arguments by name, without the first one, the hidden states."""
     if not args:
         return {n: v for n, v in kwargs.items() if n != "hidden_states"}
@@ -184,12 +188,13 @@ def _named(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     return {**dict(zip(names[1:], args[1:], strict=True)), **kwargs}
 
 
-def _mask(model: Lvlm, layer: int, call: Mapping[str, Any]) -> Tensor | None:
+def layer_mask(model: Lvlm, layer: int, call: Mapping[str, Any]) -> Tensor | None:
+    """Return the attention mask that a layer was called with, by query and key; None without one."""
     mask = call.get("cross_attention_mask" if crosses(model, layer) else "attention_mask")
     return mask if isinstance(mask, Tensor) and mask.dim() == 4 else None
 
 
-def _cache_name(call: Mapping[str, Any], cache: Any) -> dict[str, Any]:
+def cache_argument(call: Mapping[str, Any], cache: Any) -> dict[str, Any]:
     """Return the argument name of a layer's cache, with a marker in place of the cache."""
     return {name: CACHE for name, value in call.items() if value is cache}
 

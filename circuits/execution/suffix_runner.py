@@ -195,7 +195,7 @@ def _prefix(run: Recording, layer: int, start: int, which: Tensor) -> Prefix:
     if not cross:
         keys, values = keys[:, :, :start], values[:, :, :start]
     if mask is not None:
-        mask = (mask if len(mask) == 1 else mask[which])[..., start:, :]
+        mask = (mask if len(mask) == 1 else mask[which])[..., start - run.first :, :]
     everything = len(which) == len(run.logits)  # then `which` is in order
     return Prefix(keys if everything else keys[which], values if everything else values[which], mask, cross)
 
@@ -279,9 +279,9 @@ def _arguments(run: Recording, layer: int, start: int, which: Tensor, rows: int)
         elif name in _ATTENDED:
             arguments[name] = None
         elif name in _AXES and isinstance(value, Tensor):
-            arguments[name] = _part(value, name, start, which, rows)
+            arguments[name] = _part(value, name, start - run.first, which, rows)
         elif name in _AXES and isinstance(value, tuple):
-            arguments[name] = tuple(_part(x, name, start, which, rows) for x in value)
+            arguments[name] = tuple(_part(x, name, start - run.first, which, rows) for x in value)
         elif isinstance(value, Tensor):
             msg = f"its layers receive '{name}', which shared prefixes do not support"
             raise NotShared(msg)

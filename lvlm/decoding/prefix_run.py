@@ -395,6 +395,13 @@ def _prefix_layer() -> type:
             self._later = (new[0], new[1])
             return self._whole(self._prefix[0], new[0]), self._whole(self._prefix[1], new[1])
 
+        def of_rows(self) -> tuple[Tensor, Tensor]:
+            """Return all keys and values of each row, ``[B, heads, columns, width]``, after the tails have run."""
+            if self._later is None:
+                msg = "no tail has run yet"
+                raise RuntimeError(msg)
+            return self._whole(self._prefix[0], self._later[0]), self._whole(self._prefix[1], self._later[1])
+
         def get_seq_length(self) -> int:
             """Return the number of cached columns."""
             return self._prefix[0].shape[-2] + (0 if self._later is None else self._later[0].shape[-2])

@@ -17,7 +17,9 @@ from circuits import Add, Intervention, Zero, intervened
 from concepts.image_source import NoImage
 from concepts.schema import ConceptDataset
 from lvlm import Lvlm, Site, load_lvlm
-from mitigation import training_free_methods
+from mitigation import SteeringVector, training_free_methods
+from mitigation.steering.changes import AddChange
+from mitigation.strength import answer_under
 from tests.toys.examples import example
 
 QUESTIONS = ("Is there a dog?", "Is there a cat in the image? Is there a dog?", "Is there a car?")
@@ -145,3 +147,16 @@ def test_a_vector_that_is_applied_around_the_call_does_not_act_on_the_prefix(mod
             result = answer(model, data, **options)
         assert result.provenance["prefixes"] == "shared"
         assert_equal(result, answers_alone(model, data, steer(model, "last+generated"), **options))
+
+
+def test_answers_under_several_vectors_are_those_of_questions_alone(model: Lvlm, data: ConceptDataset) -> None:
+    direction = torch.nn.functional.normalize(torch.ones(model.width), dim=0).numpy()
+    vectors = {
+        name: SteeringVector({2: AddChange(direction, 3.0)}, positions, 2.0, model.name, model.config_hash)
+        for name, positions in (("last", "last+generated"), ("all", "all"), ("image", "image:all"))
+    }
+    results = answer_under(model, data, {"plain": None, **vectors}, progress=False)
+    assert_equal(results["plain"], answers_alone(model, data))
+    for name, vector in vectors.items():
+        assert_equal(results[name], answers_alone(model, data, partial(vector.applied, model)))
+        assert ("prefixes" in results[name].provenance) == (name == "last")
