@@ -27,7 +27,7 @@ def image_name(record: Record, *names: str) -> str:
 
     >>> from behavior.benchmarks.image_cells import image_name
     >>> from concepts.reading.record import Record
-    >>> image_name(Record("row 1", {"image": 17})), image_name(Record("row 1", {"image": {"bytes": b"…".hex()}}))
+    >>> image_name(Record("row 1", {"image": 17})), image_name(Record("row 1", {"image": {"bytes": b"abc"}}))
     ('17', '')
     """
     for name in names or (COLUMN,):

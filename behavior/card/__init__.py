@@ -15,23 +15,25 @@
 from behavior.card.card import EvaluationCard, evaluation_card, judge_captions, task_of
 from behavior.card.facts import facts_of
 from behavior.card.files import CARD_SCHEMA
-from behavior.card.page import (
-    card_page,
-    card_text,
-    difference_cells,
-    fact_cells,
-    figure_cells,
-    ranking_lines,
-    rewording_cells,
-    row_cells,
-    share_text,
-)
+from behavior.card.page import CardTable, card_page, card_tables, table_html
 from behavior.card.profiles import PROFILES, Profile, named_profiles, weight_of
 from behavior.card.rewording import REWORDINGS, RewordedAnswers, Rewording, reword
 from behavior.card.rows import CardAnswer, CardDifference, CardFigure, CardRow, ModelFacts
 from behavior.card.safety import read_safety
 from behavior.card.survey_table import SURVEY_ROWS, SurveyRow, register_row, survey_cells
 from behavior.card.symptoms import HEDGES, RATIONALIZATIONS, entropy_of, has_form, hesitates, rationalizes, symptoms
+from behavior.card.tables import (
+    card_text,
+    difference_cells,
+    fact_cells,
+    figure_cells,
+    profile_cells,
+    ranking_lines,
+    rewording_cells,
+    row_cells,
+    share_text,
+    summary_lines,
+)
 
 __all__ = [
     "CARD_SCHEMA",
@@ -44,6 +46,7 @@ __all__ = [
     "CardDifference",
     "CardFigure",
     "CardRow",
+    "CardTable",
     "EvaluationCard",
     "ModelFacts",
     "Profile",
@@ -51,6 +54,7 @@ __all__ = [
     "Rewording",
     "SurveyRow",
     "card_page",
+    "card_tables",
     "card_text",
     "difference_cells",
     "entropy_of",
@@ -62,6 +66,7 @@ __all__ = [
     "hesitates",
     "judge_captions",
     "named_profiles",
+    "profile_cells",
     "ranking_lines",
     "rationalizes",
     "read_safety",
@@ -70,8 +75,10 @@ __all__ = [
     "rewording_cells",
     "row_cells",
     "share_text",
+    "summary_lines",
     "survey_cells",
     "symptoms",
+    "table_html",
     "task_of",
     "weight_of",
 ]

@@ -87,10 +87,13 @@ class EvaluationCard:
     def ranking(self, profile: str = "uniform") -> list[str]:
         """Return the models by the severity of their errors over all benchmarks, the least severe first.
 
-        `uniform` is the frequency. Each model is ranked on the questions that all models answered.
+        `uniform` is the frequency. Each model is ranked on the questions that all models answered; the list is empty if there are
+        none.
         """
         keys = [{(a.benchmark, a.id) for a in self.answers if a.model == model} for model in self.models]
         common = set.intersection(*keys) if keys else set()
+        if not common:
+            return []
         totals: dict[str, float] = {}
         for model in self.models:
             rows = [a for a in self.answers if a.model == model and (a.benchmark, a.id) in common]

@@ -1,220 +1,125 @@
-"""The evaluation card as text tables and as one HTML page without scripts or external resources."""
+"""The evaluation card as one HTML page without scripts or external resources."""
 
 from __future__ import annotations
 
 import html
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from behavior.card.rewording import REWORDINGS
-from behavior.card.rows import ALL
 from behavior.card.survey_table import survey_cells
-from groundscope.core.statistics import Estimate
+from behavior.card.tables import (
+    FACT_TERMS,
+    ROW_TERMS,
+    Table,
+    difference_cells,
+    fact_cells,
+    figure_cells,
+    profile_cells,
+    ranking_lines,
+    rewording_cells,
+    row_cells,
+    summary_lines,
+)
 
 if TYPE_CHECKING:
     from behavior.card.card import EvaluationCard
 
 _STYLE = """
-:root{color-scheme:light dark;--line:#8886;--soft:#6669}
-body{font:16px/1.5 system-ui,sans-serif;margin:0 auto;max-width:72rem;padding:1rem;background:Canvas;color:CanvasText}
-.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem}
-th,td{padding:.3rem .6rem;text-align:left;border-bottom:1px solid var(--line);white-space:nowrap}
-td.wide{white-space:normal;min-width:16rem}h2{margin-top:2rem}
+:root{color-scheme:light dark;--line:#8886}
+body{font:16px/1.5 system-ui,sans-serif;margin:0 auto;max-width:76rem;padding:1rem;background:Canvas;color:CanvasText}
+p,li,dl{max-width:52rem}h2{margin:2rem 0 .5rem}dl{display:grid;grid-template-columns:auto 1fr;gap:.2rem .9rem;font-size:.9rem}
+dt{font-weight:600}dd{margin:0}summary{cursor:pointer}details{margin:.5rem 0}
+.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
+th,td{padding:.3rem .9rem .3rem 0;text-align:left;border-bottom:1px solid var(--line);vertical-align:top;white-space:nowrap}
+thead th{white-space:normal;vertical-align:bottom}tr.group th{padding-top:.9rem}td.wide{white-space:normal;min-width:16rem}
+@media(max-width:30rem){th,td{padding-right:.6rem}dl{grid-template-columns:1fr}dd{margin-bottom:.4rem}}
 """
-_SYMPTOMS = (
-    "contradiction", "paraphrase", "format", "hesitation", "rationalization", "form", "entropy", "refused", "unsafe",
-)  # fmt: skip
-Table = list[list[str]]
+_GROUPED = ("model", "benchmark", "second - first")
+"""Columns that become a heading above the rows that have the same values, in tables that begin with one of `_SUBJECTS`."""
+_SUBJECTS = ("model", "second - first")
+_WIDE = 40
+"""Longest text of a cell that is not wrapped."""
 
 
-def share_text(value: Estimate | None, *, scale: float = 100.0, digits: int = 1) -> str:
-    """Return a rate in percent with its interval; empty if it is not defined.
+@dataclass(frozen=True)
+class CardTable:
+    """A table of a card with its explanation.
 
-    >>> from behavior.card import share_text
-    >>> from groundscope.core.statistics import Estimate
-    >>> share_text(Estimate(0.25, 0.1, 0.5, 20))
-    '25.0 [10.0, 50.0]'
+    Examples
+    --------
+    >>> from behavior.card.page import CardTable
+    >>> CardTable("rows", "Wrong answers", "In percent.", [["model", "wrong"], ["tiny", "5.0"]]).closed
+    False
     """
-    if value is None or math.isnan(value.value):
-        return ""
-    few = " (few images)" if value.few_groups else ""
-    value_text, low, high = (f"{scale * end:.{digits}f}" for end in (value.value, value.low, value.high))
-    return f"{value_text} [{low}, {high}]{few}"
+
+    name: str
+    """Plain name, for anchors."""
+    title: str
+    lead: str
+    """What the table shows, in sentences."""
+    cells: Table
+    """Headings first."""
+    terms: Mapping[str, str] = field(default_factory=dict)
+    """Column to its meaning."""
+    closed: bool = False
+    """Whether a reader opens it only on request."""
 
 
-def row_cells(card: EvaluationCard) -> Table:
-    """Return the rows of a card as text, in percent: headings first.
+def card_tables(card: EvaluationCard) -> list[CardTable]:
+    """Return the tables of a card that have rows, in order.
 
     >>> import groundscope as gs
-    >>> from behavior.card import row_cells
+    >>> from behavior.card import card_tables
     >>> answers = gs.answer(gs.load_lvlm("tiny"), gs.scenes.dataset(10, splits=["random"]))
-    >>> row_cells(gs.evaluation_card({"tiny": {"scenes": answers}}))[0][:4]
-    ['model', 'benchmark', 'level', 'task']
+    >>> [table.name for table in card_tables(gs.evaluation_card({"tiny": {"scenes": answers}}))]
+    ['rows', 'profiles', 'facts', 'survey']
     """
-    profiles = [name for name in card.profiles if name != "uniform"]
-    head = [
-        "model",
-        "benchmark",
-        "level",
-        "task",
-        "n",
-        "wrong",
-        *(f"severity, {name}" for name in profiles),
-        "yes",
-        "unparsed",
-    ]
-    return [
-        head,
-        *(
-            [
-                row.model, row.benchmark, row.level, row.task, f"{row.n:,}", share_text(row.frequency),
-                *(share_text(row.severity[name]) for name in profiles), share_text(row.yes_ratio), str(row.unparsed),
-            ]
-            for row in card.rows
+    facts = fact_cells(card)
+    tables = [
+        CardTable("rows", "Wrong answers, and their severity", "In percent.", row_cells(card), ROW_TERMS),
+        CardTable(
+            "profiles",
+            "Severity profiles",
+            "How much a wrong answer weighs in an application. The weights are assumptions; replace them (card.weights).",
+            profile_cells(card),
         ),
-    ]  # fmt: skip
-
-
-def fact_cells(card: EvaluationCard) -> Table:
-    """Return costs, counts and symptoms of each model and benchmark as text.
-
-    >>> import groundscope as gs
-    >>> from behavior.card import fact_cells
-    >>> answers = gs.answer(gs.load_lvlm("tiny"), gs.scenes.dataset(10, splits=["random"]))
-    >>> fact_cells(gs.evaluation_card({"tiny": {"scenes": answers}}))[1][:2]
-    ['tiny', 'scenes']
-    """
-    present = dict.fromkeys(name for fact in card.facts for name in fact.rates)
-    reported = [name for name in _SYMPTOMS if name in present]
-    titles = {
-        "form": "asked form",
-        "entropy": "entropy, nats",
-        "paraphrase": "changes under paraphrase",
-        "format": "changes under answer format",
-    }
-    head = [
-        "model",
-        "benchmark",
-        "answers",
-        "missing",
-        "seconds an answer",
-        "forwards an answer",
-        *(titles.get(n, n) for n in reported),
-    ]
-    return [
-        head,
-        *(
-            [
-                fact.model,
-                fact.benchmark,
-                f"{fact.answers:,}",
-                str(fact.missing),
-                "" if fact.seconds_per_answer is None else f"{fact.seconds_per_answer:.3g}",
-                "" if fact.forwards_per_answer is None else f"{fact.forwards_per_answer:.3g}",
-                *(_symptom(fact.rates.get(name), name) for name in reported),
-            ]
-            for fact in card.facts
+        CardTable(
+            "differences",
+            "Differences between models",
+            "On the questions that both answered, in percentage points: negative values are fewer errors of the second model. "
+            "Better or worse: the interval excludes 0.",
+            difference_cells(card),
+        ),
+        CardTable(
+            "facts",
+            "Cost and symptoms",
+            "Symptoms in percent, unless the name has another unit.",
+            _one_per_line(facts),
+            {name: meaning for name, meaning in FACT_TERMS.items() if name in facts[0]},
+        ),
+        CardTable(
+            "rewordings",
+            "The same question in other words, or with another form of answer",
+            "Percent of answers that change, of the questions that a rule applies to.",
+            rewording_cells(card),
+        ),
+        CardTable(
+            "figures",
+            "Figures of the released rules",
+            "As each benchmark's own scorer computes and scales them.",
+            figure_cells(card),
+        ),
+        CardTable(
+            "survey",
+            "What known benchmarks evaluate",
+            "Table 3 of the survey (Shu et al., arXiv 2501.01346), not results of these models. Where the project differs, "
+            "the cell is: survey -> project, with the reason.",
+            survey_cells(),
+            closed=True,
         ),
     ]
-
-
-def _symptom(value: Estimate | None, name: str) -> str:
-    return share_text(value, scale=1.0, digits=3) if name == "entropy" else share_text(value)
-
-
-def rewording_cells(card: EvaluationCard) -> Table:
-    """Return the shares of answers that change under each rule of rewording as text; empty if none was measured.
-
-    >>> import groundscope as gs
-    >>> from behavior.card import rewording_cells
-    >>> answers = gs.answer(gs.load_lvlm("tiny"), gs.scenes.dataset(10, splits=["random"]))
-    >>> rewording_cells(gs.evaluation_card({"tiny": {"scenes": answers}}))
-    []
-    """
-    lines = [
-        [fact.model, fact.benchmark, REWORDINGS[name].kind, name, f"{rate.n:,}", share_text(rate)]
-        for fact in card.facts
-        for name, rate in fact.rates.items()
-        if name in REWORDINGS
-    ]
-    return [["model", "benchmark", "kind", "rule", "n", "answers that change"], *lines] if lines else []
-
-
-def difference_cells(card: EvaluationCard) -> Table:
-    """Return the paired differences as text, in percentage points; empty for one model.
-
-    >>> import groundscope as gs
-    >>> from behavior.card import difference_cells
-    >>> answers = gs.answer(gs.load_lvlm("tiny"), gs.scenes.dataset(10, splits=["random"]))
-    >>> difference_cells(gs.evaluation_card({"tiny": {"scenes": answers}}))
-    []
-    """
-    if not card.differences:
-        return []
-    lines = [["second minus first", "benchmark", "level", "profile", "n", "wrong", "beyond the interval"]]
-    for d in card.differences:
-        mark = ("better" if d.difference.value < 0 else "worse") if d.significant else ""
-        names = f"{d.second} - {d.first}"
-        lines.append([names, d.benchmark, d.level, d.profile, f"{d.difference.n:,}", share_text(d.difference), mark])
-    return lines
-
-
-def figure_cells(card: EvaluationCard) -> Table:
-    """Return the figures of the released rules as text, as the benchmarks scale them; empty without any.
-
-    >>> import groundscope as gs
-    >>> from behavior.card import figure_cells
-    >>> answers = gs.answer(gs.load_lvlm("tiny"), gs.scenes.dataset(10, splits=["random"]))
-    >>> figure_cells(gs.evaluation_card({"tiny": {"scenes": answers}}))
-    []
-    """
-    if not card.figures:
-        return []
-    lines = [["model", "benchmark", "part", "figure", "value", "interval"]]
-    for f in card.figures:
-        value = f.value
-        ends = "" if math.isnan(value.low) else f"[{value.low:.4g}, {value.high:.4g}]"
-        figure_text = "not defined" if math.isnan(value.value) else f"{value.value:.4g}"
-        lines.append([f.model, f.benchmark, f.part, f.figure, figure_text, ends])
-    return lines
-
-
-def ranking_lines(card: EvaluationCard) -> list[str]:
-    """Return sentences about the ranking of several models under the profiles; empty for one model.
-
-    >>> import groundscope as gs
-    >>> from behavior.card import ranking_lines
-    >>> answers = gs.answer(gs.load_lvlm("tiny"), gs.scenes.dataset(10, splits=["random"]))
-    >>> ranking_lines(gs.evaluation_card({"tiny": {"scenes": answers}}))
-    []
-    """
-    if len(card.models) < 2:
-        return []
-    lines = [f"{name}: {', '.join(card.ranking(name))}" for name in card.profiles]
-    changes = card.ranking_changes()
-    lines += [f"{a} and {b} change places between {p} and {q}, beyond the intervals" for a, b, p, q in changes]
-    if not changes:
-        lines.append("No two models change places between two profiles beyond the intervals.")
-    return lines
-
-
-def card_text(card: EvaluationCard) -> str:
-    """Return the totals of a card as lines of text: each model, benchmark and level over all tasks.
-
-    >>> import groundscope as gs
-    >>> from behavior.card import card_text
-    >>> answers = gs.answer(gs.load_lvlm("tiny"), gs.scenes.dataset(10, splits=["random"]))
-    >>> card_text(gs.evaluation_card({"tiny": {"scenes": answers}})).split()[:2]
-    ['model', 'benchmark']
-    """
-    head, *lines = row_cells(card)
-    chosen = [head, *(line for line, row in zip(lines, card.rows, strict=True) if row.task == ALL)]
-    chosen = [[cell for i, cell in enumerate(line) if head[i] != "task"] for line in chosen]
-    widths = [max(len(line[i]) for line in chosen) for i in range(len(chosen[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in chosen
-    )
+    return [table for table in tables if len(table.cells) > 1]
 
 
 def card_page(card: EvaluationCard) -> str:
@@ -226,43 +131,18 @@ def card_page(card: EvaluationCard) -> str:
     >>> "<b>" in card_page(gs.evaluation_card({"<b>": {"scenes": answers}}))
     False
     """
-    parts = [
-        _section(
-            "What is wrong, and how severely",
-            "Percent of answers with 95 % intervals over images. Severity is the weight of wrong answers divided by that of "
-            "all, by profile; a description is wrong if it invents something.",
-            row_cells(card),
-        ),
-        _section(
-            "Several models",
-            "Paired differences on the questions that both answered, in percentage points.",
-            difference_cells(card),
-        ),
-    ]
-    lines = ranking_lines(card)
-    if lines:
-        parts.append("<h2>Ranking</h2><ul>" + "".join(f"<li>{_text(line)}</li>" for line in lines) + "</ul>")
-    parts += [
-        _section(
-            "Cost and symptoms",
-            "Symptoms in percent, entropy in nats. The asked form is the card's measure of instruction following.",
-            fact_cells(card),
-        ),
-        _section(
-            "The same fact, asked otherwise",
-            "Percent of answers that change when the question is worded otherwise (paraphrase) or the answer has another form.",
-            rewording_cells(card),
-        ),
-        _section("Figures of the released rules", "Scaled as the benchmarks scale them.", figure_cells(card)),
-        _section(
-            "What benchmarks evaluate",
-            "The survey's Table 3; where we differ: survey -> ours.",
-            survey_cells(),
-        ),
-    ]
+    about = card.provenance.get("about")
+    data = [f"{name}: {text}." for name, text in about.items()] if isinstance(about, Mapping) else []
+    parts = [_list([*data, *summary_lines(card), *ranking_lines(card)])]
+    for table in card_tables(card):
+        content = f"<p>{_text(table.lead)}</p>{table_html(table.cells)}{_terms(table.terms)}"
+        if table.closed:
+            parts.append(f"<details><summary>{_text(table.title)}</summary>{content}</details>")
+        else:
+            parts.append(f'<h2 id="{_text(table.name)}">{_text(table.title)}</h2>{content}')
     notes = [f"{f.model}, {f.benchmark}: {note}" for f in card.facts for note in f.notes]
     if notes:
-        parts.append("<h2>Notes</h2><ul>" + "".join(f"<li>{_text(note)}</li>" for note in notes) + "</ul>")
+        parts.append(f"<h2>Notes</h2>{_list(notes)}")
     title = f"Evaluation card: {', '.join(card.models)}"
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -272,18 +152,56 @@ def card_page(card: EvaluationCard) -> str:
     )
 
 
-def _section(title: str, lead: str, cells: Sequence[Sequence[str]]) -> str:
-    if not cells:
-        return ""
+def table_html(cells: Sequence[Sequence[str]]) -> str:
+    """Return a table as HTML; rows of one model and benchmark are under one heading, which names them.
+
+    >>> from behavior.card.page import table_html
+    >>> table_html([["model", "n"], ["tiny", "3"], ["tiny", "4"]]).count("tiny")
+    1
+    """
     head, *lines = cells
-    top = "".join(f'<th scope="col">{_text(cell)}</th>' for cell in head)
-    body = "".join("<tr>" + "".join(_cell(cell) for cell in line) + "</tr>" for line in lines)
-    table = f'<div class="scroll" tabindex="0"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
-    return f"<h2>{_text(title)}</h2><p>{_text(lead)}</p>{table}"
+    grouped = [i for i, name in enumerate(head) if name in _GROUPED and head[0] in _SUBJECTS]
+    others = [i for i in range(len(head)) if i not in grouped]
+    used = [i for i in others if any(line[i] for line in lines)]
+    body: list[str] = []
+    before: list[str] = []
+    for line in lines:
+        group = [line[i] for i in grouped]
+        if grouped and group != before:
+            body.append(
+                f'<tr class="group"><th colspan="{len(used)}" scope="rowgroup">{_text(", ".join(group))}</th></tr>'
+            )
+        before = group
+        body.append("<tr>" + "".join(_cell(line[i]) for i in used) + "</tr>")
+    top = "".join(f'<th scope="col">{_text(head[i])}</th>' for i in used)
+    return (
+        f'<div class="scroll" tabindex="0"><table class="card"><thead><tr>{top}</tr></thead><tbody>{"".join(body)}</tbody>'
+        "</table></div>"
+    )
+
+
+def _one_per_line(cells: Table) -> Table:
+    """Return a wide table of models and benchmarks as one with a line for each cell that has a text."""
+    head, *lines = cells
+    return [
+        [*head[:2], "measure", "value"],
+        *([*line[:2], name, cell] for line in lines for name, cell in zip(head[2:], line[2:], strict=True) if cell),
+    ]
+
+
+def _terms(terms: Mapping[str, str]) -> str:
+    if not terms:
+        return ""
+    pairs = "".join(f"<dt>{_text(name)}</dt><dd>{_text(meaning)}</dd>" for name, meaning in terms.items())
+    return f"<details><summary>What the names mean</summary><dl>{pairs}</dl></details>"
+
+
+def _list(lines: Sequence[str]) -> str:
+    return "<ul>" + "".join(f"<li>{_text(line)}</li>" for line in lines) + "</ul>"
 
 
 def _cell(cell: str) -> str:
-    return f"<td{' class=wide' if len(cell) > 60 else ''}>{_text(cell)}</td>"
+    return f"<td{' class=wide' if len(cell) > _WIDE else ''}>{_text(cell)}</td>"
 
 
 def _text(value: str) -> str:

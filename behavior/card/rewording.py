@@ -63,6 +63,8 @@ class Rewording:
     """Return the other question with its candidates and true answer; None where the rule does not apply."""
     generate: bool = False
     """Whether the answer is written, and read by whole words (`behavior.parsing.read_answer`)."""
+    example: str = ""
+    """What the rule does, for tables."""
 
 
 def _pattern(pattern: str, template: str) -> Callable[[Example], Example | None]:
@@ -113,21 +115,37 @@ REWORDINGS: Registry[Rewording] = Registry(
     "rewording",
     {
         "contain": Rewording(
-            PARAPHRASE, _pattern(r"Is there (an?|any) (.+) in (?:the|this) image\?", r"Does the image contain \1 \2?")
+            PARAPHRASE,
+            _pattern(r"Is there (an?|any) (.+) in (?:the|this) image\?", r"Does the image contain \1 \2?"),
+            example="Is there a dog in the image? -> Does the image contain a dog?",
         ),
         "see": Rewording(
-            PARAPHRASE, _pattern(r"Is there (an?|any) (.+) in (?:the|this) image\?", r"Can you see \1 \2 in the image?")
+            PARAPHRASE,
+            _pattern(r"Is there (an?|any) (.+) in (?:the|this) image\?", r"Can you see \1 \2 in the image?"),
+            example="Is there a dog in the image? -> Can you see a dog in the image?",
         ),
         "which": Rewording(
-            PARAPHRASE, _pattern(r"What (color|size|shape|material) is the (.+)\?", r"Which \1 does the \2 have?")
+            PARAPHRASE,
+            _pattern(r"What (color|size|shape|material) is the (.+)\?", r"Which \1 does the \2 have?"),
+            example="What color is the apple? -> Which color does the apple have?",
         ),
         "describe_as": Rewording(
-            PARAPHRASE, _pattern(r"Is the ([\w-]+) ([\w-]+)\?", r"Would you describe the \1 as \2?")
+            PARAPHRASE,
+            _pattern(r"Is the ([\w-]+) ([\w-]+)\?", r"Would you describe the \1 as \2?"),
+            example="Is the apple red? -> Would you describe the apple as red?",
         ),
-        "look": Rewording(PARAPHRASE, lambda e: replace(e, question=f"Look at the image. {e.question}")),
-        "as_choice": Rewording(FORMAT, _as_choice),
-        "as_open": Rewording(FORMAT, _as_open, generate=True),
-        "as_yes_no": Rewording(FORMAT, _as_yes_no),
+        "look": Rewording(
+            PARAPHRASE,
+            lambda e: replace(e, question=f"Look at the image. {e.question}"),
+            example="<question> -> Look at the image. <question>",
+        ),
+        "as_choice": Rewording(
+            FORMAT, _as_choice, example="candidates listed as lettered options; the answer is a letter"
+        ),
+        "as_open": Rewording(FORMAT, _as_open, generate=True, example="no candidates listed; the answer is written"),
+        "as_yes_no": Rewording(
+            FORMAT, _as_yes_no, example="What color is the apple? -> What color is the apple? Is it red?"
+        ),
     },
     group="groundscope.rewordings",
     check=_problem,

@@ -133,7 +133,7 @@ def find_mismatches(audited: AuditedData) -> tuple[list[Finding], dict[str, floa
     """Find captions that a model finds no more probable for their image than for others (`caption_fit`, or the user's scores)."""
     scores = audited.caption_scores
     if scores is None:
-        msg = "no caption_scores (log-probability of each caption given its image, minus the mean given other images)"
+        msg = "no scores of captions by a model; give model=FOLDER to the command, or caption_scores= in Python"
         raise NotMeasuredError(msg)
     rows = {e.id: (e, caption) for e, caption in audited.require_captions()}
     findings = [

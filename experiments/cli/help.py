@@ -38,6 +38,15 @@ groundscope --version                          print the version
 
 Values with =, #, (, ~, commas, blanks or non-ASCII letters need two pairs of quotes: "key='…'"."""
 
+_AUDIT = """\
+data=… data.questions=FILE data.images=FOLDER  the data, as in a run; without them the icon scenes
+answers=FILE         answers to the questions, for error rates by cause; of a run folder: its own answers
+parser=NAME          how written answers are read
+causes=[A,B]         only these causes; all causes are in the guide and in the output
+pixels=false         decode no image: no duplicates, blur or compression
+model=FOLDER_OR_ID   score how well captions fit their images, against others=4 other images
+out=FOLDER           where audit.html, findings.csv and audit.json are written; default: audit, or that of the run"""
+"""Options of `groundscope audit`."""
 _STAGES = {"examples": "data"}
 """Stage to the group of its options, if the names differ."""
 
@@ -105,6 +114,18 @@ def choices(group: str) -> tuple[tuple[str, str], ...]:
             description = " ".join(c for c in comments if not c.startswith("@"))
             entries.append((entry.name.removesuffix(".yaml"), description))
     return tuple(sorted(entries))
+
+
+def show_command(console: Console, name: str) -> None:
+    """Print how one command is called, and its options."""
+    lines = [line for line in USAGE.splitlines() if line.startswith(f"groundscope {name} ")]
+    console.print("\n".join([*lines, ""]), markup=False, soft_wrap=True)
+    if name == "audit":
+        console.print(_AUDIT, markup=False, soft_wrap=True)
+    elif name in {group.name for group in groups()}:
+        show(console, name)
+    else:
+        console.print("All commands and options: groundscope help", markup=False)
 
 
 def show(console: Console, about: str = "") -> None:

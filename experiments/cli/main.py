@@ -59,6 +59,13 @@ def _dispatch(arguments: Sequence[str], console: Console) -> int:
 
         sys.stdout.write(f"groundscope {version('groundscope')}\n")
         return 0
+    if {"--help", "-h"}.intersection(arguments[1:]) and first in {*COMMANDS, *SHORT_RUNS}:
+        from rich.console import Console
+
+        from experiments.cli.help import show_command
+
+        show_command(Console(highlight=False), first)
+        return 0
     for name, options in SHORT_RUNS.items():
         if name in arguments[:2] and first not in COMMANDS:  # also after -m
             return _run(short_run_words(options, [word for word in arguments if word != name]), console)

@@ -24,43 +24,38 @@ def audit_html(audit: Audit) -> str:
     True
     """
     errors = {row.cause: row for row in audit.errors}
-    head = ["cause", "findings", "images", "questions"]
-    if errors:
-        head += ["wrong, concerned", "wrong, others", "difference [95 %]"]
-    rows = []
-    for report in audit.causes:
-        if not report.measured:
-            continue
-        row: list[object] = [report.name, len(report.findings), len(report.images), len(report.examples)]
-        if errors:
-            cause_errors = errors.get(report.name)
-            row += (
-                ["-"] * 3
-                if cause_errors is None
-                else [
-                    interval(cause_errors.concerned),
-                    interval(cause_errors.others),
-                    _difference(cause_errors.difference),
-                ]
-            )
-        rows.append(row)
+    with_findings = [report for report in audit.causes if report.findings]
+    without = [report.name for report in audit.causes if report.measured and not report.findings]
     parts = [
         paragraph(
             f"{format_count(audit.examples, 'question')} about {format_count(audit.images, 'image')} were searched for causes of "
-            "errors in data; no model is needed for that."
-        ),
-        table(head, rows),
+            "errors in data; no model is needed for that. A finding is a reason to look at the data, not a proof of a fault."
+        )
     ]
+    if with_findings:
+        rows = [
+            [report.name, _title(report.name), len(report.findings), len(report.images), len(report.examples)]
+            for report in with_findings
+        ]
+        parts.append(table(["cause", "what it is", "findings", "images", "questions"], rows))
+    if without:
+        parts.append(paragraph(f"Nothing found: {', '.join(without)}."))
     if errors:
-        parts.append(
+        concerned = [errors[report.name] for report in audit.causes if report.name in errors]
+        parts += [
+            "<h3>Error rates by cause</h3>",
+            table(
+                ["cause", "wrong if concerned", "wrong otherwise", "difference in points"],
+                [[e.cause, interval(e.concerned), interval(e.others), _difference(e.difference)] for e in concerned],
+            ),
             paragraph(
                 f"Error rates of {format_count(audit.answered, 'answer')} with 95 % intervals over images. A difference is an "
                 "association: concerned questions can differ in other ways too. It stands out only if its interval excludes 0, "
                 f"which happens by chance for some of {format_count(len(errors), 'cause')}.",
                 soft=True,
-            )
-        )
-    parts += [_findings(report) for report in audit.causes if report.findings]
+            ),
+        ]
+    parts += [_findings(report) for report in with_findings]
     missing = [[report.name, report.reason] for report in audit.causes if not report.measured]
     if missing:
         parts.append(closed("audit-not-measured", "Not measured", table(["cause", "reason"], missing)))
@@ -85,8 +80,8 @@ def _findings(report: CauseReport) -> str:
         [f.message, ", ".join(f.images[:3]) + (f" and {len(f.images) - 3} more" if len(f.images) > 3 else "")]
         for f in report.findings
     ]
-    more = f" (the first {SHOWN})" if len(rows) > SHOWN else ""
-    title = CAUSES[report.name].title if report.name in CAUSES else report.name
+    more = f" (the first {SHOWN}; all are in findings.csv)" if len(rows) > SHOWN else ""
+    title = _title(report.name)
     return closed(
         f"audit-{report.name.replace(' ', '-')}",
         f"{title}: {format_count(len(rows), 'finding')}{more}",
@@ -94,8 +89,13 @@ def _findings(report: CauseReport) -> str:
     )
 
 
+def _title(cause: str) -> str:
+    """Return what a cause is; causes of packages that are not installed have their name only."""
+    return CAUSES[cause].title if cause in CAUSES else cause
+
+
 def _difference(estimate: Estimate) -> str:
     if math.isnan(estimate.low):
-        return f"{100 * estimate.value:+.1f} points"
+        return f"{100 * estimate.value:+.1f}"
     few = " (few images)" if estimate.few_groups else ""
-    return f"{100 * estimate.value:+.1f} [{100 * estimate.low:+.1f}, {100 * estimate.high:+.1f}] points{few}"
+    return f"{100 * estimate.value:+.1f} [{100 * estimate.low:+.1f}, {100 * estimate.high:+.1f}] {few}"

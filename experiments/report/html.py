@@ -6,7 +6,7 @@ import base64
 import html
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING, Protocol
 
@@ -82,6 +82,12 @@ def closed(name: str, title: str, *parts: str) -> str:
     return f'<details><summary>{text(title)}</summary><div id="{text(name)}">{"".join(parts)}</div></details>'
 
 
+def term_list(terms: Mapping[str, str]) -> str:
+    """Return terms with their meanings; empty for no terms."""
+    pairs = "".join(f"<dt>{text(term)}</dt><dd>{text(meaning)}</dd>" for term, meaning in terms.items())
+    return f'<dl class="meaning">{pairs}</dl>' if terms else ""
+
+
 def picture(image: Image.Image, description: str) -> str:
     """Return an image as a data URL."""
     buffer = io.BytesIO()
@@ -119,10 +125,11 @@ def page(title: str, lead: str, sections: Sequence[tuple[str, str, str]]) -> str
     """Return the document from ``(id, link, section)`` parts: one file without scripts or external resources."""
     style = files("experiments.report").joinpath("style.css").read_text(encoding="utf-8")
     links = "".join(f'<li><a href="#{text(name)}">{text(link)}</a></li>' for name, link, _ in sections)
+    navigation = f'<nav aria-label="Sections"><ul>{links}</ul></nav>' if len(sections) > 1 else ""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{text(title)}</title><style>{style}</style></head><body><main><header><h1>{text(title)}</h1>"
-        f'<p class="soft">{text(lead)}</p><nav aria-label="Sections"><ul>{links}</ul></nav></header>'
+        f'<p class="soft">{text(lead)}</p>{navigation}</header>'
         f"{''.join(s for _, _, s in sections)}</main></body></html>\n"
     )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from behavior.answer_files import load_answers
-from behavior.card import Profile, evaluation_card, facts_of, named_profiles, read_safety, reword
+from behavior.card import Profile, evaluation_card, facts_of, named_profiles, read_safety, reword, share_text
 from behavior.card.card import Scored
-from behavior.card.page import share_text
 from behavior.card.profiles import check_profiles
 from behavior.card.rewording import check_rules
 from behavior.result import BehaviorResult
@@ -17,6 +17,7 @@ from concepts.combination import dataset_parts
 from concepts.schema import ConceptDataset
 from diagnosis import select_evenly
 from experiments.config import CardConfig
+from experiments.data import is_scenes
 from experiments.run.context import Context
 from experiments.stages.card_benchmarks import ask_model, check_entries, model_of, scores_of_files
 from experiments.stages.evaluate import RUNS
@@ -108,6 +109,7 @@ def make_card(context: Context, root: Path) -> str:
         reworded=reworded,
         differences=options.differences,
     )
+    card = replace(card, provenance={**card.provenance, "about": _about(context)})
     card.save(root)
     for line in waiting:
         context.console.print(f"not scored yet: {line}", markup=False)
@@ -116,6 +118,15 @@ def make_card(context: Context, root: Path) -> str:
         f"{format_count(len(card.models), 'model')}, {format_count(len(card.benchmarks), 'benchmark')}; {first.model}: "
         f"{share_text(first.frequency)} % wrong"
     )
+
+
+def _about(context: Context) -> dict[str, str]:
+    """Return what each part of the run's test data is."""
+    kind = "synthetic icon scene" if is_scenes(context.config.data) else "image"
+    return {
+        name: f"{format_count(len(part), 'test question')} about {format_count(len({e.group for e in part}), kind)}"
+        for name, part in dataset_parts(context.held_out).items()
+    }
 
 
 def _conditions(context: Context) -> dict[str, BehaviorResult]:

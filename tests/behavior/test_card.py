@@ -19,14 +19,19 @@ from behavior.card import (
     CARD_SCHEMA,
     PROFILES,
     SURVEY_ROWS,
+    card_tables,
+    difference_cells,
     facts_of,
     has_form,
     hesitates,
+    ranking_lines,
     rationalizes,
     read_safety,
     register_row,
+    row_cells,
     survey_cells,
     symptoms,
+    table_html,
 )
 from concepts import scenes
 from groundscope.core.errors import ConfigError, DataError
@@ -130,6 +135,36 @@ def test_the_ranking_changes_where_intervals_exclude_zero_with_opposite_signs() 
     same = evaluation_card({"objects": models["objects"], "again": models["objects"]})
     assert same.ranking_changes() == []
     assert all(d.difference.value == 0 for d in same.differences)
+
+
+def test_models_without_a_common_question_are_not_ranked() -> None:
+    first, second = answers(1, dict.fromkeys(LEVELS, 0.5), 40), answers(2, dict.fromkeys(LEVELS, 0.1), 40)
+    card = evaluation_card({"worse": {"a": first}, "better": {"b": second}})
+    assert card.ranking() == []
+    assert ranking_lines(card) == ["The models are not ranked: no question was answered by all of them."]
+    same = evaluation_card({"worse": {"a": first}, "copy": {"a": first}})
+    assert ranking_lines(same)[0] == "Fewest errors first, under every profile: worse, copy."
+
+
+def test_tables_state_a_severity_once_and_name_each_model_once(card: EvaluationCard) -> None:
+    head, *lines = row_cells(card)
+    of_profile = [head.index(f"severity, {name}") for name in card.profiles if name != "uniform"]
+    for line, row in zip(lines, card.rows, strict=True):
+        for index, name in zip(of_profile, (n for n in card.profiles if n != "uniform"), strict=True):
+            assert (line[index] == "same") == (row.severity[name] == row.frequency)
+    built_in = [head.index(f"severity, {name}") for name in PROFILES if name != "uniform"]
+    levels = {line[2]: [line[i] for i in built_in] for line in lines if line[3] == "all"}
+    assert set(levels["object"]) == {"same"} != set(levels["all"])
+    for table in card_tables(card):
+        if table.cells[0][0] == "model":
+            rendered = table_html(table.cells)
+            assert rendered.count('class="group"') == len({tuple(line[:2]) for line in table.cells[1:]})
+    compared = difference_cells(card)
+    assert [row[1] for row in compared[1:]].count("all") == 0  # one benchmark: all benchmarks are the same questions
+    marks = {d.level: d for d in card.differences if d.profile == "uniform" and d.benchmark != "all"}
+    for row in compared[1:]:
+        d = marks[row[2]]
+        assert row[compared[0].index("wrong")].endswith(("better", "worse")) == d.significant
 
 
 def test_files_have_the_schema_and_are_read_back(card: EvaluationCard, tmp_path: Path) -> None:

@@ -44,7 +44,11 @@ def test_data_with_answers_of_a_file(
         (["runs/a", "data=scenes"], ConfigError, "not both"),
         (["data=pope"], ConfigError, "needs data.questions"),
         (["data=scenes", "causes=[blur]"], ConfigError, "unknown cause"),
-        (["data=scenes", "causes=[mismatched captions]"], DataError, "no caption_scores"),
+        (
+            ["data=scenes", "causes=[mismatched captions]"],
+            DataError,
+            "no scores of captions by a model; give model=FOLDER",
+        ),
     ],
 )
 def test_wrong_options_are_one_error(

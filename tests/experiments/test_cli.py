@@ -67,6 +67,16 @@ def test_help_loads_nothing_that_takes_long(tmp_path: Path) -> None:
     assert not loaded & {"hydra", "omegaconf", "torch", "pandas", "numpy", "matplotlib", "transformers"}
 
 
+@pytest.mark.parametrize(
+    ("name", "text"), [("audit", "causes=[A,B]"), ("card", "card.benchmarks"), ("compare", "page=FILE")]
+)
+def test_each_command_has_help(command: Command, name: str, text: str) -> None:
+    status, output, _ = command(name, "--help")
+    assert status == 0
+    assert output.startswith(f"groundscope {name} ")
+    assert text in output
+
+
 def test_help_lists_every_option_with_its_default(command: Command) -> None:
     written = {o.key: o for group in groups() for o in group.options}
     defaults: dict[str, Any] = {}

@@ -23,7 +23,16 @@ from diagnosis.results import (
     kind_of,
 )
 from experiments.report import figures
-from experiments.report.html import example_block, figure, missing_illustrations, paragraph, section, table, text
+from experiments.report.html import (
+    example_block,
+    figure,
+    missing_illustrations,
+    paragraph,
+    section,
+    table,
+    term_list,
+    text,
+)
 from experiments.results.illustrations import Illustration
 from experiments.results.run_files import RunFiles
 from experiments.results.selection import detailed_diagnoses
@@ -54,7 +63,6 @@ def diagnoses_section(run: RunFiles) -> str:
     diagnoses, title = run.diagnoses, "Why it was wrong"
     if diagnoses is None:
         return section("why", title, paragraph(run.missing_diagnoses)) if run.missing_diagnoses else ""
-    meanings = "".join(f"<dt>{text(verdict)}</dt><dd>{text(meaning)}</dd>" for verdict, meaning in MEANINGS.items())
     illustrations = run.illustrations("diagnosis")
     return section(
         "why",
@@ -68,7 +76,7 @@ def diagnoses_section(run: RunFiles) -> str:
             paragraph(sentence)
             for sentence in (*without_cause(diagnoses), *readings_used(diagnoses), *unread_stages(diagnoses))
         ),
-        f'<dl class="meaning">{meanings}</dl>',
+        term_list(MEANINGS),
         table(["level", "split", "wrong", *VERDICTS], _shares(diagnoses)),
         *_missing_probes(diagnoses),
         paragraph(
