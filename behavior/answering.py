@@ -58,8 +58,8 @@ def answer(
     example (`Example.prefix`), the answer is what follows it: `Answer.text` does not repeat the prefix.
 
     Questions about one image share one run of the image and of all tokens before the first that differs, where that is exact
-    (`lvlm.prefix_groups.unshared_because`); the provenance then has ``"prefixes": "shared"``, because the last bits of values can
-    differ from those of whole prompts.
+    (`lvlm.prefix_sharing.unshared_because`); the provenance then has ``"prefixes": "shared"``, because the last bits of values
+    can differ from those of whole prompts.
 
     Parameters
     ----------

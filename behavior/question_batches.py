@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lvlm.decoding.prefix_run import PrefixBatch, prefix_batches
-from lvlm.prefix_groups import PrefixGroups, unshared_because
+from lvlm.prefix_groups import PrefixGroups
+from lvlm.prefix_sharing import unshared_because
 
 if TYPE_CHECKING:
     from concepts.schema import Example

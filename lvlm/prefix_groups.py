@@ -1,8 +1,8 @@
-"""Group rows of a batch by their common prefix, the image and the text before the first different token, which runs once.
+"""Group rows of a batch by their common prefix: the image, and the text before the first different token.
 
 Keys and values of a prompt's first tokens do not depend on the tokens after them, so the prefix of several questions about one
-image runs once, and each question continues its cache (`lvlm.decoding.prefix_run`). This module is the only place that decides
-where that is exact: `unshared_because` for a model in its present state, `PrefixGroups` for the rows.
+image runs once, and each question continues its cache (`lvlm.decoding.prefix_run`). `lvlm.prefix_sharing` decides for which
+models that is exact, and `PrefixGroups` for which rows.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lvlm.family.module_detection import text_config
-from lvlm.image_tokens import image_in_sequence, reads_both_ways
 
 if TYPE_CHECKING:
     from concepts.schema import Example
@@ -23,75 +22,6 @@ if TYPE_CHECKING:
 
 PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 """Inputs with one value for each token."""
-
-
-def unshared_because(model: Lvlm) -> str:
-    """Return why rows cannot share the run of their prefix in the present state of a model; empty if they can.
-
-    Families are excluded if an encoder or cross-attention reads the image, if image tokens attend to later tokens, or if
-    attention is limited to chunks. All others are measured once: prompts that continue a shared prefix must have the logits of
-    full forward passes. A decoding method, an intervention that may act on the prefix (`ActiveIntervention.late` is False) and a
-    hook of unknown effect exclude sharing while they are active. Observers are allowed: they receive the prefix and the other
-    tokens separately.
-
-    Examples
-    --------
-    >>> import groundscope as gs
-    >>> from lvlm.prefix_groups import unshared_because
-    >>> model = gs.load_lvlm("tiny")
-    >>> unshared_because(model)
-    ''
-    >>> with gs.intervened(model, [gs.Intervention(gs.Site.parse("decoder.L3.z"), gs.Zero(), "image:all")]):
-    ...     unshared_because(model)
-    "the intervention 'decoder.L3.z' may act on the prefix"
-    """
-    return _excluded_family(model) or _present_state(model) or _measured(model)
-
-
-def _excluded_family(model: Lvlm) -> str:
-    if model.encoder_decoder:
-        return "an encoder reads the prompt"
-    if not image_in_sequence(model):
-        return "cross-attention layers read the image"
-    if reads_both_ways(model):
-        return "image tokens attend to later tokens"
-    if "chunked_attention" in (getattr(text_config(model.hf.config), "layer_types", None) or ()):
-        return "attention is limited to chunks"
-    if "position_ids" not in model.accepts:
-        return "the model takes no positions"
-    return ""
-
-
-def _present_state(model: Lvlm) -> str:
-    if model.decoder is not None:
-        return f"{type(model.decoder).__name__} chooses the tokens"
-    if model.answer_from is not None or model.row_layout is not None:
-        return "the model is answering already"
-    early = next((item for item in model.interventions if not item.late), None)
-    if early is not None:
-        return f"the {early.kind} '{early.name}' may act on the prefix"
-    hooks = model.unregistered_hooks
-    return f"the effect of a hook is unknown: {hooks[0]}" if hooks else ""
-
-
-def _measured(model: Lvlm) -> str:
-    from lvlm.decoding.prefix_run import continues_exactly
-
-    def measure() -> bool:
-        equal = continues_exactly(model)
-        if not equal and model.interventions:  # one of large strength also enlarges rounding errors
-            raise _Undecided
-        return equal
-
-    try:
-        equal = model.remember(("prefix runs", model.attention, str(model.dtype)), measure)
-    except _Undecided:
-        equal = False
-    return "" if equal else "rows that continue a shared prefix do not have the logits of full forward passes"
-
-
-class _Undecided(Exception):
-    """A failure that is not remembered."""
 
 
 def attention_window(model: Lvlm) -> int | None:

@@ -17,7 +17,8 @@ from activation_store.tracing.plan import Read, split_by_example, stack_layers
 from activation_store.tracing.shared_rows import SharedSelection, share_selection
 from lvlm.decoding.prefix_run import PrefixBatch, run_prefix
 from lvlm.encoding.encode import Batch
-from lvlm.prefix_groups import PrefixGroups, unshared_because
+from lvlm.prefix_groups import PrefixGroups
+from lvlm.prefix_sharing import unshared_because
 
 if TYPE_CHECKING:
     from activation_store.format.schema import Key

@@ -123,7 +123,7 @@ def trace(
         Folder of the store.
     batch_size
         Maximum number of examples per forward pass. Examples of one chunk that are about one image share the run of the image and
-        of all tokens before the first that differs, where that is exact (`lvlm.prefix_groups.unshared_because`); otherwise only
+        of all tokens before the first that differs, where that is exact (`lvlm.prefix_sharing.unshared_because`); otherwise only
         examples of equal token length share a forward pass, without padding.
     dtype
         Storage dtype: ``float32``, ``float16`` or ``bfloat16``.

@@ -14,22 +14,15 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from concepts.schema import Example
 from lvlm.access.decoder_module import decoder_of
 from lvlm.access.shared_vision_run import share_vision_runs
 from lvlm.active_interventions import mark_observer
-from lvlm.decoding.attention_edits import without_attention_edits
 from lvlm.decoding.cache import new_cache
-from lvlm.decoding.cache_check import rounding_of
 from lvlm.decoding.loop import PADDING, write_answers
-from lvlm.encoding.continued_inputs import append_tokens
 from lvlm.finite_logits import check_finite
-from lvlm.images import MemoryImage
 from lvlm.prefix_groups import PER_TOKEN, PrefixGroup, PrefixGroups
 
 if TYPE_CHECKING:
@@ -38,11 +31,6 @@ if TYPE_CHECKING:
     from lvlm.encoding.encode import Encoding
     from lvlm.model import Lvlm
     from lvlm.sampling import Sampling
-
-_SIZE = (112, 84)
-"""Width and height of the images of the check in pixels."""
-_QUESTIONS = ("Is there a dog?", "Is there a cat in the image? Is there a dog?")
-"""Questions of different length, with the same beginning, of the check."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +61,7 @@ class PrefixBatch:
     """Rows of several groups, each with a common prefix that runs at most once.
 
     All methods continue the same run of the prefixes, also under different interventions, so these must not act on prefixes
-    (`lvlm.prefix_groups.unshared_because`).
+    (`lvlm.prefix_sharing.unshared_because`).
 
     Examples
     --------
@@ -243,10 +231,10 @@ class PrefixBatch:
     def generate(self, max_new_tokens: int, *, sampling: Sampling | None = None) -> list[list[int]]:
         """Return the answers as token ids, as `lvlm.generation.greedy`."""
         names = [e.example.id for e in self.encodings]
-        return write_answers(self.model, _Continuation(self), max_new_tokens, names=names, sampling=sampling)
+        return write_answers(self.model, Continuation(self), max_new_tokens, names=names, sampling=sampling)
 
 
-class _Continuation:
+class Continuation:
     """Answers that are written token by token after the prompts of a batch."""
 
     def __init__(self, batch: PrefixBatch) -> None:
@@ -318,51 +306,6 @@ def run_prefix(
     last = positions[-1]
     last = last[None] if last.dim() == 2 else last
     return cache, last.expand(-1, rows, -1)
-
-
-@torch.no_grad()
-def continues_exactly(model: Lvlm) -> bool:
-    """Whether rows that continue shared prefixes have the logits of full forward passes, with padding and two images."""
-    examples = _questions()
-    groups = PrefixGroups(model, examples, len(examples))
-    with model.with_row_layout(None), without_attention_edits(model):
-        try:
-            batch = next(prefix_batches(model, groups), None)
-            if batch is None or len(batch.index) < len(examples):
-                return False
-            run = _Continuation(batch)
-            token = run.start().argmax(-1)
-            shared = torch.stack([batch.logits(), run.next(token)])
-            full = torch.stack([_full(model, batch.encodings, None), _full(model, batch.encodings, token)])
-        except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError):
-            return False
-    difference = (shared.log_softmax(-1) - full.log_softmax(-1)).abs().amax().item()
-    return difference <= len(examples) * rounding_of(model)
-
-
-def _questions() -> list[Example]:
-    """Return questions of different length about two images of random pixels."""
-    draw = np.random.default_rng(0)
-    examples = []
-    for name in ("a", "b"):
-        pixels = draw.integers(0, 256, (*_SIZE[::-1], 3), dtype=np.uint8)
-        image = MemoryImage.of(Image.fromarray(pixels))
-        for question in _QUESTIONS:
-            fields = (question, "", (), "object", "open", "", "check")
-            examples.append(Example(f"{name}: {question}", image, *fields))
-    return examples
-
-
-def _full(model: Lvlm, encodings: Sequence[Encoding], tokens: Tensor | None) -> Tensor:
-    rows = []
-    for number, encoding in enumerate(encodings):
-        inputs = model.on_device(encoding.inputs)
-        start = None
-        if tokens is not None:
-            inputs, start = append_tokens(model, inputs, [[int(tokens[number])]]), encoding.tokens.length
-        with model.reading_answers(start):
-            rows.append(model.forward(inputs)[:, -1])
-    return torch.cat(rows)
 
 
 def _padded(x: Tensor, length: int) -> Tensor:

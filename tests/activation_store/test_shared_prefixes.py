@@ -15,7 +15,7 @@ from activation_store import ActivationStore, LensRank, trace
 from circuits import Intervention, Zero, intervened
 from concepts.schema import ConceptDataset, Example
 from lvlm import Lvlm, Site, load_lvlm
-from lvlm.prefix_groups import unshared_because
+from lvlm.prefix_sharing import unshared_because
 from tests.toys.examples import example
 from tests.toys.families import BUILDERS, model
 

@@ -18,7 +18,8 @@ from lvlm import Lvlm, Sampling, Site, load_lvlm
 from lvlm.decoding.prefix_run import PrefixBatch, prefix_batches
 from lvlm.encoding.continued_inputs import append_tokens
 from lvlm.generation import greedy
-from lvlm.prefix_groups import PrefixGroups, attention_window, unshared_because
+from lvlm.prefix_groups import PrefixGroups, attention_window
+from lvlm.prefix_sharing import unshared_because
 from tests.toys.examples import example
 from tests.toys.families import BUILDERS, model
 
