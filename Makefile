@@ -18,7 +18,7 @@ ARGS ?=
 REPORT ?= runs/check/report.html
 comma := ,
 
-.PHONY: help demo test validate lint format bench docs notebooks check-report install install-dev clean
+.PHONY: help demo test validate lint style types format bench docs notebooks check-report install install-dev clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -27,18 +27,27 @@ demo: install ## run every stage on the embedded model and say where the report 
 	@$(BIN)/groundscope $(ARGS)
 	@if [ -f runs/default/report.html ]; then echo "The report is at $(CURDIR)/runs/default/report.html"; fi
 
-test: lint ## lint, then all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+test: style ## lint and all tests; types are checked while the tests run
+	@output=$$(mktemp); $(MAKE) --no-print-directory types >"$$output" 2>&1 & types=$$!; \
+	trap 'kill $$types 2>/dev/null || true; rm -f "$$output"' EXIT; \
+	failed=0; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS) || failed=$$?; \
+	wait $$types || { failed=$$?; echo "The types are wrong:"; }; \
+	cat "$$output"; exit $$failed
 
 validate: install-dev ## the long checks of validation/: error rates and coverage by simulation
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(if $(ARGS),$(ARGS),validation)
 
-lint: install-dev ## ruff, formatting, types, import ladder
+lint: style types ## ruff, formatting, import ladder, types
+
+style: install-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: install-dev
 	@# Above its default limit of 4 GB the checker throws away what it knows and starts again.
 	NODE_OPTIONS=--max-old-space-size=8192 $(BIN)/basedpyright
-	$(BIN)/lint-imports
 
 format: install-dev ## put imports in order and format
 	$(BIN)/ruff check --select I --fix .

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
 import signal
-import subprocess
-import sys
 import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +21,7 @@ from concepts.scenes.scene import TEST, generator, sample_scene
 from groundscope.core.errors import ConfigError, DataError, SiteError, StoreError
 from lvlm import Lvlm, answer_key, wrap_lvlm
 from lvlm.tiny.architecture import build_model, build_processor
+from tests.toys.processes import run_code
 from tests.toys.tracing import (
     COLUMNS,
     COMPONENTS,
@@ -291,8 +289,9 @@ def test_a_failed_trace_resumes_to_the_same_store(
 
 
 def test_a_killed_trace_resumes_to_the_same_store(model: Lvlm, data: ConceptDataset, tmp_path: Path) -> None:
+    killed = tmp_path / "killed"
     code = f"""
-import os, signal, sys, time
+import os, signal, time, warnings
 from pathlib import Path
 from activation_store import trace
 from concepts import scenes
@@ -300,11 +299,12 @@ from lvlm import wrap_lvlm
 from lvlm.active_interventions import mark_observer
 from lvlm.tiny.architecture import build_model, build_processor
 
+warnings.simplefilter("error")
 model = wrap_lvlm(build_model(), build_processor(), name="random")
+folder = Path({str(killed)!r})
 calls = []
 
 def die(*_):
-    folder = Path(sys.argv[1])
     calls.append(folder.exists())
     end = time.monotonic() + (5 if sum(calls) > 24 else 0)  # in the second chunk: the writer seals the first
     while not any(folder.glob("shard-?-?????.h5")):
@@ -314,12 +314,9 @@ def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 model.hf.register_forward_pre_hook(mark_observer(die))
-trace(model, scenes.dataset(n_images=10, seed=0), out=sys.argv[1], shard_size=10, **{ASKED!r})
+trace(model, scenes.dataset(n_images=10, seed=0), out=folder, shard_size=10, **{ASKED!r})
 """
-    killed = tmp_path / "killed"
-    command = [sys.executable, "-W", "error", "-c", code, str(killed)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = run_code(code, tmp_path)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (killed / "manifest.json").exists()
     before = ActivationStore(killed)

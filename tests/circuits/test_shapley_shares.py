@@ -169,8 +169,9 @@ def test_each_example_can_have_neutral_questions_of_its_own() -> None:
 
 def test_each_object_and_word_is_a_player() -> None:
     model, three = shared_model(), color_questions()
-    sources = split(model, three, image="objects", prompt="words", of="true")
-    shares, e = sources[0], three[0]
+    e = three[0]
+    others = [x.question for x in three if x.question != e.question]
+    shares = split(model, [e], image="objects", prompt="words", of="true", neutral_questions=others)[0]
     assert shares.players[: shares.of_image] == (*(f"image: {o.noun}" for o in e.objects), "image: rest")
     assert shares.players[shares.of_image :] == tuple(f"prompt: {w}" for w in e.question.split())
     assert shares.answer == e.answer
@@ -187,7 +188,6 @@ def test_each_object_and_word_is_a_player() -> None:
     row = int(np.flatnonzero(alone & shares.coalitions[:, 0])[0])
     boxes, visible = tuple(o.box for o in e.objects), (True, *[False] * len(e.objects))
     picture = RegionMaskedImage(e.image, EditedImage(e.image, "blank"), boxes, visible)
-    others = [x.question for x in three if x.question != e.question]
     naive = np.mean([odds(model, replace(e, image=picture, question=q), e.answer) for q in others])
     np.testing.assert_allclose(shares.values[row], naive, atol=2e-4)
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from lvlm import Lvlm
 from lvlm.identity_checks import validate
 from tests.toys.examples import example
 from tests.toys.families import model
+from tests.toys.processes import run_code
 
 STEPS = 4
 
@@ -164,9 +162,6 @@ def test_the_warning_is_printed_without_logging_configuration(tmp_path: Path) ->
         "from tests.toys.families import model\n"
         "lvlm = model('llava')\nfor _ in range(2): lvlm.read(lvlm.encode(example(0)).inputs, ['decoder.L0.pattern'])"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
+    done = run_code(code, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("attention patterns are requested") == 2

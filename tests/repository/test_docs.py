@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from tests.toys.processes import run_code
+
 ROOT = Path(__file__).resolve().parents[2]
 EVERY = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").rglob("*.md") if "api" not in p.parts)]
 PAGES = [
@@ -95,10 +97,7 @@ def test_links_within_the_project_lead_somewhere(page: Path) -> None:
 def test_a_page_runs_from_top_to_bottom(page: Path, tmp_path: Path) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.M | re.S)
     assert blocks
-    script = tmp_path / "page.py"
-    script.write_text("\n".join([*blocks, SHOWN[page.stem]]), encoding="utf-8")
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); exec(compile(open({str(script)!r}).read(), 'page', 'exec'))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = run_code("\n".join([*blocks, SHOWN[page.stem]]), tmp_path)
     assert done.returncode == 0, done.stderr
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -19,6 +18,7 @@ from activation_store import trace
 from concepts import scenes
 from lvlm import load_lvlm
 from lvlm.tiny.architecture import build_model, build_processor
+from tests.toys.processes import run_code
 
 ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -130,10 +130,7 @@ def test_the_page_describes_every_tested_extension() -> None:
 def test_extensions_of_the_page_work(section: str, house: Path, desk: Path) -> None:
     session = "".join(body for kind, title, body in BLOCK.findall(SECTIONS[section]) if kind == "python" and not title)
     assert session
-    done = subprocess.run(
-        [sys.executable, "-c", session + TRUE[section]],
-        cwd=desk, env={**os.environ, "PYTHONPATH": str(house)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = run_code(session + TRUE[section], desk, path=[house], reload=True)
     assert done.returncode == 0, done.stderr
 
 

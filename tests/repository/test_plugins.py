@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import zipfile
@@ -11,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+
+from tests.toys.processes import Finished, run_code
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -223,27 +224,29 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def python(desk: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(desk / "packages")]), "COLUMNS": "200"}
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=desk, env=environment, capture_output=True, text=True, check=False
-    )
+def run(code: str, desk: Path) -> Finished:
+    return run_code(code, desk, path=[ROOT, desk / "packages"], environment={"COLUMNS": "200"})
+
+
+def command(desk: Path, *options: str) -> Finished:
+    words = ["groundscope", *options]
+    return run(f"import sys; sys.argv = {words!r}\nfrom experiments.cli.main import main\nmain()", desk)
 
 
 def test_entries_of_an_installed_package_are_used(desk: Path) -> None:
-    done = python(desk, "-c", USE)
+    done = run(USE, desk)
     assert done.returncode == 0, done.stderr
     assert "the behavior metric 'broken' was not loaded: broken-plugin 0.1" in done.stderr
 
 
 def test_a_package_that_cannot_be_loaded_is_named_and_stops_nothing_else(desk: Path) -> None:
-    done = python(desk, "-c", f"GROUPS = {set(ENTRIES)!r}\n{BROKEN}")
+    done = run(f"GROUPS = {set(ENTRIES)!r}\n{BROKEN}", desk)
     assert done.returncode == 0, done.stderr
 
 
 def test_the_command_reads_data_with_the_loader_of_an_installed_package(desk: Path) -> None:
     files = ["data.questions=tags.json", "data.images=images"]
-    done = python(desk, "-m", "experiments", "data.source=tags", *files, "+data.loader.noun=dog", "stages=[examples]")
+    done = command(desk, "data.source=tags", *files, "+data.loader.noun=dog", "stages=[examples]")
     assert done.returncode == 0, done.stderr
     (examples,) = desk.glob("runs/*/examples/discovery.jsonl")
     records = [json.loads(line) for line in examples.read_text().splitlines()]
@@ -255,6 +258,6 @@ def test_the_command_reads_data_with_the_loader_of_an_installed_package(desk: Pa
         (["data.source=tag"], "did you mean tags"),
         (["data.source=tags", "patch.kinds=[broken]"], "the kind of pair 'broken' cannot be used: broken-plugin 0.1"),
     ):
-        done = python(desk, "-m", "experiments", *options, *files, "stages=[examples,patch]", "name=refused")
+        done = command(desk, *options, *files, "stages=[examples,patch]", "name=refused")
         assert done.returncode != 0
         assert message in done.stderr + done.stdout
