@@ -1,8 +1,10 @@
 """Benchmarks that need a judge model: write requests for the judge, read and score its verdicts.
 
 This module calls no judge. `write_requests` writes one JSON line per answer for any judge, a person or a model;
-`read_verdicts` reads one JSON line per verdict and scores them. The instructions paraphrase what each benchmark asks its
-judge to rate; figures are comparable with published ones only with the benchmark's own prompt and judge.
+`read_verdicts` reads one JSON line per verdict and scores them. It is the general form, for answers to any questions; the
+files of a benchmark's own release, and of its judge, are read by `behavior.benchmarks`, which shares its rules with it. The
+instructions paraphrase what each benchmark asks its judge to rate; figures are comparable with published ones only with the
+benchmark's own prompt and judge.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
+from behavior.benchmarks.mmhal import read_rating
+from behavior.benchmarks.rates import average, raw_mean
 from behavior.result import BehaviorResult
 from concepts.reading.record import Record, is_text
 from concepts.reading.records import read_json_records
@@ -180,7 +184,8 @@ def write_requests(path: Path | str, benchmark: str, items: Iterable[Item]) -> i
         empty = [name for name in spec.needs if not getattr(item, name).strip()]
         if item.id in ids or empty:
             what = f"has no {empty[0]}, which the judge of {benchmark} needs" if empty else "occurs twice"
-            msg = f"item '{item.id}' {what}"
+            fix = "give each item that field" if empty else "give each item another id, such as its number"
+            msg = f"item '{item.id}' {what}; {fix}"
             raise DataError(msg)
         ids.add(item.id)
         scale = {name: f"{low:g} to {high:g}" for name, (low, high) in spec.values.items()}
@@ -350,8 +355,7 @@ def _column(verdicts: Sequence[Verdict], name: str) -> list[float]:
 
 def _mean(verdicts: Sequence[Verdict], name: str, top: float) -> Estimate:
     """Return the mean of a rating from 0 to `top`."""
-    share = estimate([value / top for value in _column(verdicts, name)], _groups(verdicts))
-    return Estimate(top * share.value, top * share.low, top * share.high, share.n, share.few_groups)
+    return average(_column(verdicts, name), _groups(verdicts), 0, top)
 
 
 def _mmhal(verdicts: Sequence[Verdict]) -> dict[str, Estimate]:
@@ -360,9 +364,8 @@ def _mmhal(verdicts: Sequence[Verdict]) -> dict[str, Estimate]:
 
 
 def _mmhal_reply(reply: str) -> dict[str, float] | None:
-    """Parse a reply as MMHal-Bench's release does: ``rating: s``, ignoring case, for exactly one s from 0 to 6."""
-    ratings = [s for s in range(7) if f"rating: {s}" in reply.lower()]
-    return {"rating": float(ratings[0])} if len(ratings) == 1 else None
+    rating = read_rating(reply)
+    return None if rating is None else {"rating": float(rating)}
 
 
 def _llava_bench(verdicts: Sequence[Verdict]) -> dict[str, Estimate]:
@@ -386,17 +389,12 @@ def _cceval(verdicts: Sequence[Verdict]) -> dict[str, Estimate]:
     figures = {
         "chair_i": estimate(hallucinated, groups, mentioned),
         "chair_s": estimate([w > 0 for w in hallucinated], groups),
-        "objects_per_caption": _raw_mean(mentioned, groups),
-        "words_per_caption": _raw_mean(words, groups),
+        "objects_per_caption": raw_mean(mentioned, groups),
+        "words_per_caption": raw_mean(words, groups),
     }
     if "covered" in verdicts[0].values:
         figures["coverage"] = estimate(_column(verdicts, "covered"), groups, _column(verdicts, "objects"))
     return figures
-
-
-def _raw_mean(values: Sequence[float], groups: Sequence[str]) -> Estimate:
-    low, high = cluster_bootstrap(list(values), groups)
-    return Estimate(sum(values) / len(values), low, high, len(values), len(set(groups)) < FEW_GROUPS)
 
 
 _NO_LIMIT = 1e6

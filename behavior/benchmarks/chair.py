@@ -36,7 +36,7 @@ def _read_answers(path: Path, files: Mapping[str, Path]) -> list[AnsweredQuestio
     for row in rows:
         number = row.question.id
         if number not in objects:
-            msg = f"{row.where}: image '{number}' is not in '{files[QUESTIONS]}'"
+            msg = f"{row.where}: image '{number}' is not in '{files[QUESTIONS]}'; give the instances of the captioned images"
             raise DataError(msg)
         question = BenchmarkQuestion(
             number, number, "", "\n".join(captions.get(number, ())), "caption", level="object", kind="caption",
@@ -72,7 +72,7 @@ def _objects(path: Path, image_ids: set[str]) -> dict[str, list[str]]:
         unknown = next((i for i in ids if i not in names), None)
         if unknown is not None or number not in categories_of:
             what = f"category {unknown}" if unknown is not None else f"image {number}"
-            msg = f"{path}: an annotation is of {what}, which the file does not have"
+            msg = f"{path}: an annotation is of {what}, which the file does not have; use the instances as released"
             raise DataError(msg)
         categories_of[number] = list(dict.fromkeys(names[i] for i in ids))
     return categories_of

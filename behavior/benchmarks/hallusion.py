@@ -186,7 +186,7 @@ def _score(scoring: Scoring) -> BenchmarkScore:
         None,
     )
     if lacking is not None:
-        msg = f"{lacking.where}: the verdict has no field 'same', which the kinds of errors need"
+        msg = f"{lacking.where}: no field 'same', which the kinds of errors need; give it in every verdict, or in none"
         raise DataError(msg)
     figures, left_out = _figures(scoring, right, kinds)
     parts = {

@@ -1,7 +1,8 @@
 """Descriptions in free text at three levels: objects, attributes and relations, with the places of their words.
 
-`parser`, `tokens`, `phrases`, `word_lists`
-    Parse a description to spans, by rules.
+`parser`
+    Parse a description to spans, by rules: words (`tokens`, `word_lists`), phrases (`phrases`), then each sentence from left to
+    right (`sentence_state`, `noun_phrases`, `predicates`).
 `spans`
     Spans and descriptions, and their files, which people or a judge complete.
 `annotations`

@@ -45,7 +45,9 @@ def read_run(path: str | Path, condition: str = "before") -> ModelProfile:
         stems = sorted(p.stem.replace("-", " ") for p in (root / "behavior").glob("*.json"))
         conditions = [name for name in stems if name not in {"rates", "changes", "stage"}]
         exists = (
-            f"there are answers {', '.join(conditions)}" if conditions else "it has no answers: finish the run first"
+            f"there are answers {', '.join(conditions)}; choose one of them, or add it to evaluate.conditions"
+            if conditions
+            else "it has no answers: finish the run first"
         )
         msg = f"no answers '{condition}' in the run folder '{root}': {exists}"
         raise ConfigError(msg)

@@ -68,7 +68,8 @@ class Adapter:
         fits = [len(a) == len(b) == 2 and a[0] == b[1] == self.rank for a, b in shapes.values()]
         if not fits or len(shapes) != len(self.up) or len(shapes) != len(self.down) or not all(fits):
             msg = (
-                "an adapter needs one matrix [r, in] in down and one [out, r] in up for each linear layer, with equal r"
+                "an adapter needs one matrix [r, in] in down and one [out, r] in up for each linear layer, with equal r; give "
+                "both matrices of each layer"
             )
             raise ModelError(msg)
 
@@ -168,15 +169,17 @@ class Adapter:
         for name, tensor in tensors.items():
             path, _, kind = name.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
             if kind not in parts:
-                msg = f"{root / WEIGHTS} is damaged: '{name}' is not a matrix of an adapter"
+                msg = f"{root / WEIGHTS} is damaged: '{name}' is not a matrix of an adapter; copy the file again, or tune again"
                 raise StoreError(msg)
             parts[kind][path] = tensor
         if not isinstance(config, dict) or config.get("lora_alpha") != record["alpha"]:
-            msg = f"{root / CONFIG} is damaged: its alpha is not that of the record"
+            msg = (
+                f"{root / CONFIG} is damaged: its alpha is not that of the record; copy the files again, or tune again"
+            )
             raise StoreError(msg)
         about = (record["alpha"], record["model"], record["config_hash"], record["weights_hash"], record["provenance"])
         try:
             return cls(parts["lora_A"], parts["lora_B"], *about)
         except ModelError as error:
-            msg = f"{root / WEIGHTS} is damaged: {error}"
+            msg = f"{root / WEIGHTS} is damaged: {error}; copy the file again, or tune again"
             raise StoreError(msg) from error

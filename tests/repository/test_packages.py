@@ -273,6 +273,39 @@ def test_the_wheel_holds_the_packages_with_their_data_and_nothing_else(wheel: Pa
     assert {f"{package}/py.typed" for package in PACKAGES} <= shipped
 
 
+def test_lmms_eval_finds_the_model_of_an_installed_wheel(wheel: Path, tmp_path: Path) -> None:
+    """As lmms-eval loads plug-ins: entry point, manifest, class. lmms-eval itself is replaced by two classes."""
+    installed, other = tmp_path / "installed", tmp_path / "other"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(installed)
+    for name in ("lmms_eval", "lmms_eval/models", "lmms_eval/api"):
+        (other / name).mkdir(parents=True)
+        (other / name / "__init__.py").touch()
+    (other / "lmms_eval/models/registry_v2.py").write_text(
+        "from dataclasses import dataclass\n\n\n@dataclass\nclass ModelManifest:\n    model_id: str\n    simple_class_path: str\n"
+    )
+    (other / "lmms_eval/api/model.py").write_text("class lmms:\n    pass\n")
+    code = f"""
+import importlib, json, sys
+sys.path[:0] = [{str(installed)!r}, {str(other)!r}]
+from importlib.metadata import entry_points
+(entry,) = entry_points(group="lmms_eval.models")
+manifest = entry.load()()
+module, _, name = manifest.simple_class_path.rpartition(".")
+module = importlib.import_module(module)
+model_class = getattr(module, name)
+print(json.dumps([entry.name, manifest.model_id, module.__file__, [base.__name__ for base in model_class.__mro__[:2]]]))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    entry, model_id, file, classes = json.loads(done.stdout.splitlines()[-1])
+    assert (entry, model_id, classes) == ("groundscope", "groundscope", ["GroundscopeModel", "lmms"])
+    assert Path(file).is_relative_to(installed)
+
+
 def test_the_wheel_has_metadata_licenses_and_the_command(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         (info,) = {name.split("/")[0] for name in archive.namelist() if ".dist-info/" in name}
