@@ -279,7 +279,7 @@ def _unknown_candidate(model: Lvlm, examples: Sequence[Example]) -> str | None:
         for example in examples:
             answer_key(model, example)
     except GroundscopeError as error:
-        return str(error)
+        return str(error).removesuffix("; use another answer")  # the answers are those of the rule
     return None
 
 

@@ -97,7 +97,7 @@ def describe_card(run: Path) -> list[str]:
     card = EvaluationCard.load(below(run, "card/card.json", error=ConfigError))
     return [
         "",
-        "wrong answers in percent, and their weight by profile:",
+        "wrong answers in percent; severity: the weight of wrong answers under a profile (same: all weights are equal):",
         *card_text(card).splitlines(),
         *ranking_lines(card),
         f"the card: {run / 'card' / 'card.html'}",

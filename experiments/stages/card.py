@@ -163,7 +163,7 @@ def _reword(condition: str, answers: BehaviorResult, context: Context) -> dict[s
             )
             rates[name] = result.rates
             for rule, reason in result.left_out.items():
-                context.console.print(f"rewording '{rule}' is left out for {name}, {condition}: {reason}", markup=False)
+                context.console.print(f"not asked: rewording '{rule}' of {name}, {condition}: {reason}", markup=False)
     return rates
 
 

@@ -162,7 +162,7 @@ def _check_entry(number: int, entry: Entry) -> None:
     if lacking is not None:
         msg = (
             f"{where}: '{lacking}' is missing; an entry needs model, benchmark, answers, or, to ask the model of the run, "
-            "benchmark, images"
+            "benchmark, images (a folder, or the question file if it has the images inside)"
         )
         raise ConfigError(msg)
     superfluous = next((name for name in _OF_ASKED if name in entry and not is_asked(entry)), None)
