@@ -18,13 +18,16 @@ missed
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from _harness import Figure, describe_device, figure, finish, option_parser, print_figures, progress
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
+
+from benchmarks._harness import Figure, describe_device, figure, finish, option_parser, print_figures, progress
 from diagnosis import Ceilings, ceilings_of_readings, representation_ceiling
 
 LAYERS = (0.8, 0.7, 0.75, 0.5)

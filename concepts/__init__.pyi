@@ -5,6 +5,7 @@ from .annotated_object import AnnotatedObject, Box
 from .combination import combine_datasets, dataset_parts
 from .concept import Concept
 from .counterfactual_pair import CounterfactualPair
+from .image_captions import caption_images
 from .image_files import BytesImage, FileImage
 from .image_source import ImageSource, NoImage
 from .mention import Mention
@@ -27,6 +28,7 @@ __all__ = [
     "NoImage",
     "Question",
     "RunLengthMask",
+    "caption_images",
     "combine_datasets",
     "counterfactuals",
     "dataset_parts",

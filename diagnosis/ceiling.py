@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from activation_store import ActivationStore
+from groundscope.core import artifacts
 from groundscope.core.errors import ConfigError, DataError, StoreError
 from groundscope.core.progress import progress_bar
+from groundscope.core.result_fields import building
 from groundscope.core.short_repr import short_repr
 from groundscope.core.text import format_count, nearest
 from probes import LogisticProbe, MultinomialProbe
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
 
     from behavior import BehaviorResult
 
+KIND, VERSION = "representation ceilings", 1
 FOLDS = 5
 """Default number of parts of the images."""
 MIN_GROUPS = 2
@@ -103,8 +108,38 @@ class Ceilings:
     margins: np.ndarray
     """Margin of the true answer at the layer that the row's cell and fold use, float64 ``[n]``; NaN outside of all cells."""
     confidence: float
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Concepts without a ceiling, with the reason (``skip=True``)."""
 
     __repr__ = short_repr
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "left_out", MappingProxyType(dict(self.left_out)))
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file; raises `StoreError` if it cannot be written."""
+        cells = [{**vars(cell), "layers": list(cell.layers)} for cell in self.cells]
+        for cell in cells:
+            cell |= {name: None for name, value in cell.items() if value != value}  # JSON has no NaN
+        card = {"cells": cells, "ids": list(self.ids), "confidence": self.confidence, "left_out": dict(self.left_out)}
+        artifacts.write(Path(path), KIND, VERSION, {"margins": self.margins}, card)
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a file that `save` wrote; raises `StoreError` if it is missing, damaged, or another file."""
+        tensors, card = artifacts.read(Path(path), KIND, VERSION)
+        with building(f"{path} is a damaged {KIND} file", StoreError):
+            cells: list[dict[str, Any]] = [
+                {k: math.nan if v is None else v for k, v in cell.items()} for cell in card["cells"]
+            ]
+            return cls(
+                tuple(CeilingCell(**{**cell, "layers": tuple(map(str, cell["layers"]))}) for cell in cells),
+                tuple(map(str, card["ids"])),
+                tensors["margins"],
+                float(card["confidence"]),
+                dict(card["left_out"]),
+            )
 
     def frame(self) -> pd.DataFrame:
         """Return one row per cell, with the fields of `CeilingCell` and ``headroom``."""
@@ -143,6 +178,7 @@ def representation_ceiling(
     folds: int = FOLDS,
     resamples: int = 2000,
     confidence: float = 0.95,
+    skip: bool = False,
     seed: int = 0,
     progress: bool | None = None,
 ) -> Ceilings:
@@ -168,6 +204,8 @@ def representation_ceiling(
         on the others.
     resamples, confidence, seed
         Number of draws of the bootstrap over images, confidence of the intervals, and seed of folds and draws.
+    skip
+        Leave out concepts with one answer or too few images, and name them in `Ceilings.left_out`, instead of an error.
     progress
         Whether to show progress; by default on a terminal only.
 
@@ -207,7 +245,10 @@ def representation_ceiling(
     if sites is None:
         sites = [(f"decoder.L{layer}.resid_post", "last") for layer in _layers(store)]
     answered = np.flatnonzero(~np.isnan(correct))
-    _check_folds(concepts[answered], truth[answered], groups[answered], folds)
+    problems = _fold_problems(concepts[answered], truth[answered], groups[answered], folds)
+    if problems and (not skip or len(problems) == len(set(concepts[answered]))):
+        raise DataError(next(iter(problems.values())))
+    answered = answered[~np.isin(concepts[answered], list(problems))]
     fold_of = np.zeros(len(truth), int)
     fold_of[answered] = folds_of(groups[answered], folds, seed)
     margins = np.full((len(sites), len(truth)), np.nan)
@@ -220,7 +261,7 @@ def representation_ceiling(
                 margins[i, rows] = cross_fitted_margins(x[rows], truth[rows], fold_of[rows], C=C)
             bar.advance(task)
     names = tuple(f"{site} at {tokens}" for site, tokens in sites)
-    return ceilings_of_readings(
+    ceilings = ceilings_of_readings(
         margins[:, answered],
         correct[answered].astype(bool),
         groups[answered],
@@ -233,6 +274,7 @@ def representation_ceiling(
         confidence=confidence,
         seed=seed,
     )
+    return replace(ceilings, left_out=problems)
 
 
 def ceilings_of_readings(
@@ -469,21 +511,23 @@ def _correct(store: ActivationStore, answers: BehaviorResult | None) -> np.ndarr
     return np.array([math.nan if by_id[i] is None else float(bool(by_id[i])) for i in ids])
 
 
-def _check_folds(concepts: np.ndarray, truth: np.ndarray, groups: np.ndarray, folds: int) -> None:
-    """Raise `DataError` for no rows, a concept with one answer, or an answer with too few images."""
+def _fold_problems(concepts: np.ndarray, truth: np.ndarray, groups: np.ndarray, folds: int) -> dict[str, str]:
+    """Return the reason for each concept with one answer or too few images; raise `DataError` without any row."""
     if not len(concepts):
         msg = "no row has an answer that is right or wrong; use questions with candidate answers"
         raise DataError(msg)
-    for name in dict.fromkeys(concepts):
+    problems = {}
+    for name in dict.fromkeys(concepts.tolist()):
         rows = concepts == name
         answers = sorted(set(truth[rows]))
-        if len(answers) < 2:
-            msg = f"all {int(rows.sum())} rows of '{name}' have the answer '{answers[0]}'; a probe needs two: leave the rows out"
-            raise DataError(msg)
         images = len(set(groups[rows]))
-        if folds < 2 or images < MIN_GROUPS * folds:
-            msg = (
+        if len(answers) < 2:
+            problems[name] = (
+                f"all {int(rows.sum())} rows of '{name}' have the answer '{answers[0]}'; a probe needs two: leave the rows out"
+            )
+        elif folds < 2 or images < MIN_GROUPS * folds:
+            problems[name] = (
                 f"folds={folds}: '{name}' has {format_count(images, 'image')}, and needs {MIN_GROUPS} for each of at least 2 "
                 "folds; use fewer folds, or more images"
             )
-            raise DataError(msg)
+    return problems

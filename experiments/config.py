@@ -9,11 +9,13 @@ from typing import Any
 
 from omegaconf import MISSING
 
-STAGES = ("examples", "trace", "probe", "patch", "steer", "evaluate", "diagnose", "export", "arena", "card", "report")
+STAGES = (
+    "examples", "trace", "probe", "patch", "steer", "evaluate", "diagnose", "representation", "export", "arena", "card", "report"
+)  # fmt: skip
 """The stages of a run, in order."""
 DEFAULT_STAGES = ("examples", "trace", "probe", "patch", "steer", "evaluate", "diagnose", "export", "report")
-"""The stages that run if none are chosen: all but the comparison of many methods (`groundscope arena`) and the evaluation card
-(`groundscope card`)."""
+"""The stages that run if none are chosen: all but representation and behavior (`groundscope representation`), the comparison of
+many methods (`groundscope arena`) and the evaluation card (`groundscope card`)."""
 SWEEPS = "sweeps"
 """Folder of all sweeps, below the root folder of runs."""
 RENAMED: Mapping[str, str] = MappingProxyType({"probe.penalties": "probe.C"})
@@ -291,6 +293,26 @@ class EvaluateConfig:
 
 
 @dataclass
+class RepresentationConfig:
+    """Alignment, information along the path, and ceilings of behavior (`groundscope representation`)."""
+
+    images: int = 300
+    """Largest number of images that are compared with their captions or questions."""
+    rows: int = 400
+    """Largest number of questions whose information is measured along the path."""
+    families: list[str] = field(default_factory=lambda: ["linear", "nonlinear"])
+    """Readers of information (`probes.predictive_families`); the nonlinear one takes most of the time."""
+    permutations: int = 199
+    """Permutations of the nulls of alignment: 0 for none, or at least 199."""
+    resamples: int = 200
+    """Draws of the bootstrap of the regression, at least 20; that of the ceilings has ten times as many."""
+    batch_size: int = 32
+    """Examples per forward pass."""
+    seed: int = 0
+    """Seed of folds, permutations and draws."""
+
+
+@dataclass
 class ArenaConfig:
     """Training-free methods compared on the test images (`groundscope arena`)."""
 
@@ -441,6 +463,7 @@ class RunConfig:
     patch: PatchConfig = field(default_factory=PatchConfig)
     steer: SteerConfig = field(default_factory=SteerConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    representation: RepresentationConfig = field(default_factory=RepresentationConfig)
     arena: ArenaConfig = field(default_factory=ArenaConfig)
     card: CardConfig = field(default_factory=CardConfig)
     report: ReportConfig = field(default_factory=ReportConfig)

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 
 from omegaconf import OmegaConf
 from rich.console import Console
 
 from experiments.config import STAGES, RunConfig
-from experiments.results.score_tables import describe_answers, describe_arena, describe_card
+from experiments.results.score_tables import (
+    describe_answers,
+    describe_arena,
+    describe_card,
+    describe_representation,
+)
 from experiments.run import stage_cache
 from experiments.run.context import Context
 from experiments.run.folder import (
@@ -34,6 +40,16 @@ from groundscope.core.document_digest import value_digest
 from groundscope.core.errors import ConfigError, DataError
 from groundscope.core.files import write_text
 from groundscope.core.paths import is_file
+
+_DESCRIBED: Mapping[str, Callable[[Path], list[str]]] = MappingProxyType(
+    {
+        "evaluate": describe_answers,
+        "representation": describe_representation,
+        "arena": describe_arena,
+        "card": describe_card,
+    }
+)
+"""Stage to the function that returns its results as lines for the terminal."""
 
 
 def execute(config: RunConfig, console: Console | None = None) -> Path:
@@ -88,15 +104,10 @@ def _run_stages(config: RunConfig, folder: RunFolder, console: Console | None) -
             elif name in needed and name not in receipts:
                 receipts[name] = _input(name, context, receipts)
         table.print(f"finished in {time.perf_counter() - start:.0f} s: {folder.path}")
-        if "evaluate" in config.stages:
-            for line in describe_answers(folder.path):
-                table.print(line)
-        if "arena" in config.stages:
-            for line in describe_arena(folder.path):
-                table.print(line)
-        if "card" in config.stages:
-            for line in describe_card(folder.path):
-                table.print(line)
+        for name, describe in _DESCRIBED.items():
+            if name in config.stages:
+                for line in describe(folder.path):
+                    table.print(line)
         report = folder.path / "report.html"
         if is_file(report):
             table.print(f"report: {report}")

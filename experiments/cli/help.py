@@ -24,6 +24,7 @@ groundscope -m option=a,b [option=value …]     run each combination of values;
 groundscope evaluate [option=value …]          ask every question and print the scores; no trace, patching or steering
 groundscope arena [option=value …]             compare training-free methods and controls on the same questions
 groundscope card [option=value …]              evaluation card: errors by level and task, severity, several models
+groundscope representation [option=value …]    representation and behavior of the run `name`: alignment, information, ceilings
 groundscope resume=runs/x [option=value …]     continue a run or a sweep with its own configuration
 groundscope status [runs/]                     list runs with their stages, sizes and main results
 groundscope compare runs/a runs/b [page=FILE]  compare the results of two runs; a page of what changed inside

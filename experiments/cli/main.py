@@ -8,6 +8,7 @@ groundscope -m probe.folds=3,4                         several runs, which share
 groundscope evaluate data=pope data.questions=F data.images=D   answers only: no trace, patching or steering
 groundscope arena "arena.methods=[vcd,pai]"            training-free methods and controls on the same questions
 groundscope card                                       frequency and severity of errors by level and task, of several models
+groundscope representation                             alignment, information and ceilings of the run; continues a finished one
 groundscope help | resume=RUN | status | compare | plan | report | preferences | tune | audit
 
 Each command imports what it needs when it starts, so that help is fast.
@@ -122,7 +123,9 @@ _CARD = {
     "data.test_share": "1",
 }
 """Options of `groundscope card`: ask every question, and make the evaluation card."""
-SHORT_RUNS = {"evaluate": _EVALUATION, "arena": _ARENA, "card": _CARD}
+_REPRESENTATION = {"stages": "[examples,trace,representation,report]"}
+"""Options of `groundscope representation`: continue the run of that name; its unchanged stages do not run again."""
+SHORT_RUNS = {"evaluate": _EVALUATION, "arena": _ARENA, "card": _CARD, "representation": _REPRESENTATION}
 """Command to the options of its run."""
 
 

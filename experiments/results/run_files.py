@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from activation_store import ActivationStore
     from behavior.card import EvaluationCard
     from circuits import HeadScores
-    from diagnosis import Diagnoses
+    from diagnosis import Diagnoses, RepresentationStudy
     from mitigation.arena.result import ArenaResult
 
 
@@ -200,6 +200,13 @@ class RunFiles:
         from behavior.card import EvaluationCard
 
         return EvaluationCard.load(below(self.root, "card/card.json", error=ConfigError))
+
+    @cached_property
+    def representation(self) -> RepresentationStudy:
+        """Alignment, information and ceilings."""
+        from diagnosis import RepresentationStudy
+
+        return RepresentationStudy.load(below(self.root, "representation", error=ConfigError))
 
     @cached_property
     def exports(self) -> dict[str, dict[str, str]]:

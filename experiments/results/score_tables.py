@@ -104,6 +104,14 @@ def describe_card(run: Path) -> list[str]:
     ]
 
 
+def describe_representation(run: Path) -> list[str]:
+    """Return the main results on representation and behavior as lines for the terminal."""
+    from diagnosis import RepresentationStudy
+
+    study = RepresentationStudy.load(below(run, "representation", error=ConfigError))
+    return ["", *study.text().splitlines(), f"all figures: {run / 'representation'}"]
+
+
 def describe_arena(run: Path) -> list[str]:
     """Return the table of a run's arena as lines for the terminal."""
     from mitigation.arena.result import ArenaResult

@@ -93,6 +93,7 @@ OWN: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "illustrations/*",
         ),
         "diagnosis": ("diagnoses.json", "left_out.json", "illustrations/*"),
+        "representation": ("representation.json", "ceilings.safetensors", "information-*.safetensors"),
         "export": (
             "formats.json",
             "vector.*",

@@ -173,6 +173,13 @@ TABLE: Mapping[str, Stage] = MappingProxyType(
             version=6,
             check=_function("diagnose.check"),
         ),
+        "representation": Stage(
+            "representation",
+            needs=("examples", "trace"),
+            options=lambda c: [asdict(c.config.representation), c.model_key()],
+            work=_function("representation.make_representation"),
+            check=_function("representation.check"),
+        ),
         "export": Stage(
             "export",
             needs=("steer",),
@@ -199,7 +206,7 @@ TABLE: Mapping[str, Stage] = MappingProxyType(
         ),
         "report": Stage(
             "report",
-            needs=("examples", "trace", "probe", "patch", "steer", "evaluate", "diagnose", "export", "arena", "card"),
+            needs=tuple(stage for stage in STAGES if stage != "report"),
             options=lambda c: [asdict(c.config.report), c.headline(), c.config.diagnose.shown, c.config.steer.max_drop],
             work=_function("report.make_report"),
             spared=_missing,

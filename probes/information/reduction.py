@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.linalg import eigh
@@ -44,7 +44,10 @@ def reduce_folds(features: np.ndarray, outer: np.ndarray, k: int) -> list[Reduce
     x = x - x.mean(axis=0)
     wide = x.shape[1] > x.shape[0]
     table = x @ x.T if wide else x.T @ x
-    return [_reduce(table, x, outer != fold, k, wide=wide) for fold in range(int(outer.max()) + 1)]
+    folds = [_reduce(table, x, outer != fold, k, wide=wide) for fold in range(int(outer.max()) + 1)]
+    width = max(fold.values.shape[1] for fold in folds)
+    # Rows of low rank may have one axis fewer in some folds; readers of all folds are trained together and need equal widths.
+    return [replace(f, values=np.pad(f.values, ((0, 0), (0, width - f.values.shape[1])))) for f in folds]
 
 
 def reduce_rows(features: np.ndarray, k: int) -> ReducedFold:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from groundscope.core.errors import ProbeError
+from groundscope.core import artifacts
+from groundscope.core.errors import ProbeError, StoreError
+from groundscope.core.result_fields import building
 from groundscope.core.short_repr import short_repr
 from groundscope.core.text import nearest
-from probes.information.changes import SiteChange
+from probes.information.changes import FamilyChange, SiteChange
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+
+KIND, VERSION = "information path", 1
+_ARRAYS = ("nats", "low", "high", "pvi", "kept_variance", "null_entropy", "condition_nats")
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,6 +120,56 @@ class InformationPath:
                     row[column] = getattr(of_family, key) if of_family is not None else np.nan
                 rows.append(row | {"words": change.words if change is not None else ""})
         return pd.DataFrame(rows)
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file with all fields; raises `StoreError` if it cannot be written."""
+        card = {name: list(getattr(self, name)) for name in ("classes", "sites", "families")}
+        card |= {"ids": self.ids.tolist(), "groups": self.groups.tolist(), "provenance": dict(self.provenance)}
+        card |= {name: getattr(self, name) for name in ("concept", "entropy", "condition")}
+        # A missing control is NaN, which JSON does not have.
+        changes = [asdict(change) for change in self.changes]
+        for change in changes:
+            for of_family in change["families"]:
+                of_family |= {k: None for k, v in of_family.items() if v != v}
+        card |= {"changes": changes, "choices": {name: [list(of) for of in c] for name, c in self.choices.items()}}
+        artifacts.write(Path(path), KIND, VERSION, {name: getattr(self, name) for name in _ARRAYS}, card)
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a file that `save` wrote; raises `StoreError` if it is missing, damaged, or another file."""
+        tensors, card = artifacts.read(Path(path), KIND, VERSION)
+        with building(f"{path} is a damaged {KIND} file", StoreError):
+            changes = tuple(
+                SiteChange(
+                    str(change["earlier"]),
+                    str(change["later"]),
+                    tuple(
+                        FamilyChange(**dict[str, Any]({k: np.nan if v is None else v for k, v in of_family.items()}))
+                        for of_family in change["families"]
+                    ),
+                    str(change["words"]),
+                )
+                for change in card["changes"]
+            )
+            choices = {
+                str(name): tuple(tuple(tuple(v) if isinstance(v, list) else v for v in of) for of in of_sites)
+                for name, of_sites in card["choices"].items()
+            }
+            names = {name: tuple(map(str, card[name])) for name in ("classes", "sites", "families")}
+            arrays: dict[str, Any] = {name: tensors[name] for name in _ARRAYS}
+            return cls(
+                concept=str(card["concept"]),
+                **names,
+                **arrays,
+                entropy=float(card["entropy"]),
+                changes=changes,
+                choices=choices,
+                ids=np.array(card["ids"], dtype=np.str_),
+                groups=np.array(card["groups"], dtype=np.str_),
+                condition=str(card["condition"]),
+                provenance=dict(card["provenance"]),
+            )
 
     def plot(self, path: str | Path | None = None, ax: Axes | None = None) -> Axes:
         """Draw where information becomes unavailable; see `probes.information.plot.plot_path`."""

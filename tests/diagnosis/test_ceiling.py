@@ -10,13 +10,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from scipy.optimize import linprog, minimize
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, QuantileRegressor
+from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from behavior import Answer, BehaviorResult, Cost
 from diagnosis import ceilings_of_readings, regress_correctness, representation_ceiling
 from diagnosis.ceiling import cross_fitted_margins, folds_of
+from diagnosis.ceiling_regression import auc_by_ranks, quantile_coefficients
 from groundscope.core.errors import ConfigError, DataError, StoreError
 
 
@@ -201,6 +203,21 @@ def test_regressions_are_those_of_other_solvers() -> None:
     assert result.difference.value == pytest.approx(result.auc - result.auc_controls)
     assert result.difference.low > 0
     assert "odds ratios: probe" in str(result)
+    # Draws of the bootstrap start from the solution of all rows, and reach that of a linear program.
+    rows = rng.integers(0, n, n)
+    whole, drawn = (
+        QuantileRegressor(quantile=0.9, alpha=0.0, solver="highs").fit(x[at], margin[at]) for at in (np.arange(n), rows)
+    )
+    start, expected = (np.append(fit.coef_, fit.intercept_) for fit in (whole, drawn))
+    assert np.abs(start - expected).max() > 0.02
+    reached = quantile_coefficients(x[rows], margin[rows], 0.9, start)
+
+    def check_loss(b: np.ndarray) -> float:
+        residual = margin[rows] - np.column_stack([x[rows], np.ones(n)]) @ b
+        return float(np.maximum(0.9 * residual, -0.1 * residual).mean())
+
+    assert check_loss(reached) <= check_loss(expected) * (1 + 1e-3)
+    assert auc_by_ranks(correct, np.round(margin, 1)) == pytest.approx(roc_auc_score(correct, np.round(margin, 1)))
 
 
 def test_a_score_that_only_repeats_a_control_adds_nothing_and_the_layer_is_chosen_on_other_images() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from experiments.notebooks.render import SOURCES, executed
 
-PICTURES = {"1": 1, "2": 2, "3": 3, "4": 2, "5": 1, "6": 0}
+PICTURES = {"1": 1, "2": 2, "3": 3, "4": 2, "5": 1, "6": 0, "7": 3}
 """Number of pictures in each notebook."""
 SAID = {
     "1": r"head \(\d+, 24\) float32",
@@ -18,6 +18,7 @@ SAID = {
     "4": r"The vision tower shows",
     "5": r"steered +-0\.\d+ \[-0\.\d+, ",
     "6": r"field 'label' is 'maybe', neither 'yes' nor 'no'",
+    "7": r"\d+ violations in [1-9]\d* cells",
 }
 """What each prints."""
 

@@ -20,6 +20,7 @@ from experiments.report.sections.levels import levels_section
 from experiments.report.sections.patching import patching_section
 from experiments.report.sections.probes import probes_section
 from experiments.report.sections.provenance import provenance_section
+from experiments.report.sections.representation import representation_section
 from experiments.report.sections.summary import summary_section
 from groundscope.core.registry import Registry
 
@@ -44,6 +45,7 @@ SECTIONS: Registry[Section] = Registry(
         "heads": Section("Heads", heads_section, ("patch",)),
         "sources": Section("Image and words", input_attribution_section, ("diagnose",)),
         "why": Section("Diagnoses", diagnoses_section, ("diagnose",)),
+        "representation": Section("Representation", representation_section, ("representation",)),
         "corrected": Section("Correction", correction_section, ("steer", "evaluate", "export")),
         "arena": Section("Arena", arena_section, ("arena",)),
         "card": Section("Card", card_section, ("card",)),
