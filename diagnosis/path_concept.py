@@ -81,24 +81,34 @@ def _columns(frame: pd.DataFrame, level: str) -> list[str]:
 
 
 def _class_sets(frame: pd.DataFrame, level: str, usable: np.ndarray) -> list[tuple[tuple[str, ...], np.ndarray]]:
-    """Return sets of labels of a level of which one is true, with their rows."""
+    """Return sets of labels of a level of which one is true, with their rows; one set for labels that are defined together."""
     columns = _columns(frame, level)
     table = frame[columns].to_numpy(float)
     groups = frame["group"].astype(str).to_numpy()
     sets = []
     of_level = (frame["level"] == level).to_numpy() & usable
-    for defined in {tuple(row) for row in ~np.isnan(table[of_level])}:
+    for defined in sorted({tuple(row) for row in (~np.isnan(table[of_level])).tolist()}):
         rows = of_level & (~np.isnan(table) == np.array(defined)).all(axis=1)
-        labels = np.flatnonzero(defined)
-        rows &= (np.nan_to_num(table[:, labels]) == 1).sum(axis=1) == 1
-        classes = [i for i in labels if len(set(groups[rows & (table[:, i] == 1)])) >= MIN_CLASS]
-        inside = rows & (np.nan_to_num(table[:, classes]) == 1).any(axis=1)
-        if (
-            len(classes) > 1
-            and rows.sum() >= EXCLUSIVE * (of_level & (~np.isnan(table) == np.array(defined)).all(axis=1)).sum()
-        ):
-            sets.append((tuple(columns[i] for i in classes), inside))
+        true = table == 1
+        classes = _exclusive(true[rows], np.flatnonzero(defined))
+        one = rows & (true[:, classes].sum(axis=1) == 1)
+        classes = [i for i in classes if len(set(groups[one & true[:, i]])) >= MIN_CLASS]
+        if len(classes) > 1:
+            sets.append((tuple(columns[i] for i in classes), one & true[:, classes].any(axis=1)))
     return sets
+
+
+def _exclusive(true: np.ndarray, labels: np.ndarray) -> list[int]:
+    """Return the labels that remain if those true together with most others are left out, until one is true in most rows.
+
+    Colors of an object exclude each other, its size does not exclude them: ``big`` is left out.
+    """
+    chosen = labels.tolist()
+    while len(chosen) > 1 and (true[:, chosen].sum(axis=1) == 1).mean() < EXCLUSIVE:
+        together = true[:, chosen].T.astype(int) @ true[:, chosen]
+        np.fill_diagonal(together, 0)
+        chosen.pop(int(together.sum(axis=1).argmax()) if together.any() else int(true[:, chosen].sum(axis=0).argmin()))
+    return chosen
 
 
 def _has_object(store: ActivationStore) -> np.ndarray:

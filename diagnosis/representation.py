@@ -206,7 +206,7 @@ def study_representation(
     ...     store = gs.trace(model, data, sites=["resid_post"], tokens=["last"], out=Path(folder) / "store", progress=False)
     ...     study = gs.study_representation(model, data, store, permutations=0, resamples=20, progress=False)
     >>> sorted(study.left_out)
-    ['alignment', 'image path', 'question path', 'regression']
+    ['image path', 'question path', 'regression']
     """
     by_id = {e.id: e for e in data}
     ids = [str(v) for v in store.columns["id"]]

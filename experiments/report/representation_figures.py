@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +25,9 @@ def alignment(table: pd.DataFrame, titles: Mapping[str, str]) -> str:
     """Draw each measure by layer against its permutation baseline; filled where p with the choice of a layer is below .05."""
     measured = set(table["measure"].tolist())
     names = [name for name in titles if name in measured]
-    columns = min(3, len(names))
+    columns = min(4, len(names))
     lines = math.ceil(len(names) / columns)
-    with drawing(6.4, 1.9 * lines + 0.4) as figure:
+    with drawing(6.4, 1.7 * lines + 0.3) as figure:
         panels = figure.subplots(lines, columns, squeeze=False, sharex=True).ravel()
         for axes, name in zip(panels, names, strict=False):
             rows: Any = table[(table["measure"] == name) & table["value"].notna()]
@@ -44,7 +45,8 @@ def alignment(table: pd.DataFrame, titles: Mapping[str, str]) -> str:
             untested = np.isnan(rows["p_choice"].to_numpy(float))
             axes.plot(x[certain | untested], y[certain | untested], "o", color=BLUE, ms=4.5)
             axes.plot(x[~certain & ~untested], y[~certain & ~untested], "o", color=BLUE, ms=4.5, mfc="white")
-            axes.set_title(titles[name], fontsize=9)
+            axes.set_title(titles[name], fontsize=8)
+            axes.tick_params(labelsize=7)
             axes.grid(alpha=0.3, axis="y")
             axes.xaxis.get_major_locator().set_params(integer=True)
         for axes in panels[len(names) :]:
@@ -56,18 +58,22 @@ def alignment(table: pd.DataFrame, titles: Mapping[str, str]) -> str:
 
 def information(paths: Mapping[str, InformationPath], titles: Mapping[str, str]) -> str:
     """Draw the nats of both families along each path, one panel each, with H(Z) and the words of significant changes."""
-    widths = [len(path.sites) for path in paths.values()]
-    with drawing(6.4, 2.9 * len(paths)) as figure:
-        panels = figure.subplots(len(paths), 1, squeeze=False)[:, 0]
-        for axes, (name, path) in zip(panels, paths.items(), strict=True):
-            _draw_path(axes, path, max(widths))
-            axes.set_title(titles.get(name, name))
-        handles, labels = panels[0].get_legend_handles_labels()
+    # The image path is long and has a whole line; two short paths share one.
+    rows = [[name] * 2 for name in paths if name == "image"]
+    short = [name for name in paths if name != "image"]
+    rows += [[short[i], short[min(i + 1, len(short) - 1)]] for i in range(0, len(short), 2)]
+    with drawing(6.4, 2.9 * len(rows) + 0.2) as figure:
+        panels = figure.subplot_mosaic([[name.replace(".", " ") for name in row] for row in rows])
+        for name, path in paths.items():
+            axes = panels[name.replace(".", " ")]
+            _draw_path(axes, path)
+            axes.set_title(textwrap.fill(titles.get(name, name), 70 if name == "image" else 38), fontsize=8)
+        handles, labels = next(iter(panels.values())).get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
         return svg(figure)
 
 
-def _draw_path(axes: Any, path: InformationPath, width: int) -> None:
+def _draw_path(axes: Any, path: InformationPath) -> None:
     at = np.arange(len(path.sites))
     axes.axhline(path.entropy, color="black", lw=0.8, ls="--", label="H(Z)")
     axes.axhline(0, color="black", lw=0.6)
@@ -93,7 +99,7 @@ def _draw_path(axes: Any, path: InformationPath, width: int) -> None:
                 va="center",
             )
     axes.set_ylim(bottom - 0.04 * (top - bottom), top + 0.08 * (top - bottom))
-    axes.set_xlim(-0.4, max(width, len(at)) - 0.6)
+    axes.set_xlim(-0.4, len(at) - 0.6)
     axes.set_xticks(at, [_place(site) for site in path.sites], rotation=60, ha="right", fontsize=7)
     axes.set_ylabel("nats")
     axes.grid(alpha=0.3, axis="y")

@@ -37,7 +37,7 @@ def make_store(*, objects: bool = True) -> MemorySource:
     }
     for i, name in enumerate(("red", "green", "blue")):
         table[f"attribute:{name}"] = np.where(kind == 0, color == i, np.nan)
-    table["attribute:big"] = np.where(kind == 1, size, np.nan)
+    table["attribute:big"] = np.where(kind < 2, size, np.nan)  # an object is big or not, whatever its color
     x = rng.normal(size=(n, 2, 6))
     arrays: dict[str | tuple[str, str], np.ndarray] = {("vision.resid_post", "image:mean"): x}
     if objects:

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from probes import InformationPath
 
 TITLES = {
-    "cosine": "cosine, centered",
-    "image_to_text@1": "image finds its text, R@1",
-    "text_to_image@1": "text finds its image, R@1",
-    "cka": "CKA, unbiased",
+    "cosine": "cosine",
+    "image_to_text@1": "image to text, R@1",
+    "text_to_image@1": "text to image, R@1",
+    "cka": "CKA",
     "cknna": "CKNNA",
     "mutual_knn": "mutual neighbors",
     "modality_gap": "modality gap",
