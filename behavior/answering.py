@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
-from typing import Any
+from itertools import compress
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -32,6 +33,19 @@ _EXCLUDED = -1e4
 """Smallest logit that a margin is computed from."""
 _SINGLE = "unmodified"
 """Name of the only condition of `answer`, which is not recorded in the provenance."""
+
+
+class LogitsUnder(Protocol):
+    """Computes a batch's logits under each of several conditions, as `circuits.logits_under` returns it."""
+
+    @property
+    def continue_prefixes(self) -> tuple[bool, ...]:
+        """For each condition, whether questions that share a prefix continue it."""
+        ...
+
+    def __call__(self, batch: Batch | PrefixBatch, /) -> Sequence[Tensor]:
+        """Return the logits at the last position under each condition, ``[B, V]`` each."""
+        ...
 
 
 def answer(
@@ -136,7 +150,7 @@ def answer_each(
     data: ConceptDataset,
     conditions: Mapping[str, Callable[[], AbstractContextManager[None]]],
     *,
-    logits: Callable[[Batch | PrefixBatch], Sequence[Tensor]] | None = None,
+    logits: LogitsUnder | None = None,
     generate: bool = False,
     score: str = FIRST_TOKEN,
     parser: str | None = None,
@@ -156,9 +170,8 @@ def answer_each(
     conditions
         Name to a function that opens the condition's context, such as an applied steering vector.
     logits
-        Function that returns a batch's logits at the last position under each condition, ``[B, V]`` each, if that is
-        faster than a forward pass in each context (`circuits.execution.conditions.logits_under`). Text is always
-        generated in the contexts.
+        Function that returns a batch's logits at the last position under each condition, in their order, ``[B, V]`` each, if
+        that is faster than a forward pass in each context (`circuits.logits_under`). Text is always generated in the contexts.
 
     Returns
     -------
@@ -203,7 +216,8 @@ def answer_each(
         examples = [data.examples[i] for i in rows_of_kind]
         for batch in question_batches(model, examples, batch_size, list(conditions), names, extra):
             if isinstance(batch.prompts, PrefixBatch):
-                shared.update(name for name in batch.conditions if name in sharing)
+                continued = sharing if logits is None else compress(conditions, logits.continue_prefixes)
+                shared.update(set(batch.conditions).intersection(continued))
             yield replace(batch, index=tuple(rows_of_kind[i] for i in batch.index))
 
     def in_contexts(batch: QuestionBatch) -> Iterator[Tensor]:
@@ -241,10 +255,8 @@ def answer_each(
                 rows[name].update(zip(batch.index, answers, strict=True))
             advance(batch)
         of_tokens = scored if score == FIRST_TOKEN else []
-        together = (
-            logits is not None and len(sharing) > 1
-        )  # `logits` takes whole prompts for the conditions that need them
-        for batch in batches(of_tokens, tuple(conditions) if together else sharing if logits is None else ()):
+        sharing_tokens = sharing if logits is None else _shared_by(logits, model, data, conditions)
+        for batch in batches(of_tokens, sharing_tokens):
             logits_per_condition = list(in_contexts(batch)) if logits is None else logits(batch.prompts)
             if unread is not None:
                 read(*unread)
@@ -312,6 +324,12 @@ def _check(model: Lvlm, data: ConceptDataset, *, generate: bool, score: str) -> 
             answer_key(model, example)  # raises if the tokenizer gives two candidates the same tokens
         elif candidates and not generate:
             candidate_tokens(model, example, score)  # raises for candidates that texts cannot distinguish
+
+
+def _shared_by(logits: LogitsUnder, model: Lvlm, data: ConceptDataset, conditions: Collection[str]) -> tuple[str, ...]:
+    """Return all conditions if `logits` continues prefixes under several of them and the questions have prefixes in common."""
+    unchanged = sharing_conditions(model, data.examples, {"": nullcontext})
+    return tuple(conditions) if unchanged and sum(logits.continue_prefixes) > 1 else ()
 
 
 def _rows_of_keys(model: Lvlm, examples: Sequence[Example]) -> dict[AnswerKey, list[int]]:

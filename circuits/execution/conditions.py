@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,9 +23,67 @@ _LAST = ("last", "last+generated")
 _AT_LAST = ("z", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 
 
-def logits_under(
-    model: Lvlm, conditions: Sequence[Condition], *, memory: int = MEMORY
-) -> Callable[[Batch | PrefixBatch], list[Tensor]]:
+class ConditionLogits:
+    """A function from a batch to its logits at the last position under each condition, ``[B, V]`` each; see `logits_under`.
+
+    Examples
+    --------
+    >>> import groundscope as gs
+    >>> model = gs.load_lvlm("tiny")
+    >>> zero = gs.Intervention(gs.Site.parse("decoder.L3.z"), gs.Zero(), "image:all")
+    >>> gs.logits_under(model, [[], [zero]]).continue_prefixes
+    (True, False)
+    """
+
+    def __init__(self, model: Lvlm, conditions: Sequence[Condition], memory: int) -> None:
+        self._model, self._conditions, self._memory = model, tuple(conditions), memory
+        kinds = list(enumerate(self._conditions))
+        self._plain = [i for i, items in kinds if not items]
+        self._late = {i: items for i, items in kinds if items and all(map(_resumable, items))}
+        self._at_last = {i: items for i, items in self._late.items() if all(item.positions in _LAST for item in items)}
+        self._runner, self._tail_runner = (PatchRunner(model, memory=memory, check="every") for _ in range(2))
+
+    @property
+    def continue_prefixes(self) -> tuple[bool, ...]:
+        """For each condition, whether questions that share a prefix continue it; otherwise they are whole prompts."""
+        return tuple(not items or i in self._late for i, items in enumerate(self._conditions))
+
+    def __call__(self, batch: Batch | PrefixBatch) -> list[Tensor]:
+        """Return the logits under each condition."""
+        numbers = range(len(self._conditions))
+        results = self._after_prefixes(batch) if isinstance(batch, PrefixBatch) else self._whole(batch, numbers)
+        return [results[i] for i in numbers]
+
+    def _after_prefixes(self, batch: PrefixBatch) -> dict[int, Tensor]:
+        """Return the logits of questions that share prefixes, by index of the condition."""
+        model = self._model
+        results = _resumed_after_prefixes(model, self._tail_runner, batch, self._at_last, self._plain)
+        for i, items in self._late.items():
+            if i not in results:  # changes all tokens alike, so those of the prefix once for all questions
+                with intervened(model, items):
+                    results[i] = PrefixBatch(model, batch.groups).logits()
+        others = [i for i in range(len(self._conditions)) if i not in results]
+        if others:
+            parts = [(part.index, self._whole(part, others)) for part in _whole_prompts(model, batch)]
+            order = torch.tensor([row for index, _ in parts for row in index]).argsort()
+            for i in others:
+                joined = torch.cat([columns[i] for _, columns in parts])
+                results[i] = joined[order.to(joined.device)]
+        return results
+
+    def _whole(self, batch: Batch, numbers: Collection[int]) -> dict[int, Tensor]:
+        """Return the logits of whole prompts under some conditions."""
+        resumed = {i: items for i, items in self._late.items() if i in numbers}
+        plain = [i for i in self._plain if i in numbers]
+        results = _resumed(self._model, self._runner, batch, resumed, plain, self._memory) if resumed else {}
+        for i in numbers:
+            if i not in results:
+                with intervened(self._model, self._conditions[i]):
+                    results[i] = self._model.logits(batch.inputs, batch.images)
+        return results
+
+
+def logits_under(model: Lvlm, conditions: Sequence[Condition], *, memory: int = MEMORY) -> ConditionLogits:
     """Return a function from a batch to its logits at the last position under each condition, ``[B, V]`` each.
 
     A change of the decoder does not affect layers before it, and a change at the last token no earlier position. So the batch is
@@ -35,7 +93,7 @@ def logits_under(
     ``circuits.execution.patch_runner`` emits a WARNING. All ways give the same results up to the order of floating-point sums.
 
     In a batch of questions that share prefixes (`lvlm.decoding.prefix_run.PrefixBatch`), the prefix of an image runs once for all
-    its questions and for all conditions at the last token; the other conditions take whole prompts.
+    its questions and all conditions at the last token, and once for each condition at all tokens; the others take whole prompts.
 
     Parameters
     ----------
@@ -63,38 +121,7 @@ def logits_under(
     >>> unchanged.shape == ablated.shape, bool((unchanged == ablated).all())
     (True, False)
     """
-    late = {i: condition for i, condition in enumerate(conditions) if condition and all(map(_resumable, condition))}
-    at_last = {i: items for i, items in late.items() if all(item.positions in _LAST for item in items)}
-    plain = [i for i, condition in enumerate(conditions) if not condition]
-    runner, tail_runner = (PatchRunner(model, memory=memory, check="every") for _ in range(2))
-
-    def run_whole(batch: Batch, numbers: Collection[int]) -> dict[int, Tensor]:
-        """Return the logits of some conditions for whole prompts."""
-        resumed = {i: items for i, items in late.items() if i in numbers}
-        unchanged = [i for i in plain if i in numbers]
-        results = _resumed(model, runner, batch, resumed, unchanged, memory) if resumed else {}
-        for i in numbers:
-            if i not in results:
-                with intervened(model, conditions[i]):
-                    results[i] = model.logits(batch.inputs, batch.images)
-        return results
-
-    def run(batch: Batch | PrefixBatch) -> list[Tensor]:
-        every = range(len(conditions))
-        if not isinstance(batch, PrefixBatch):
-            results = run_whole(batch, every)
-            return [results[i] for i in every]
-        results = _resumed_after_prefixes(model, tail_runner, batch, at_last, plain)
-        others = [i for i in every if i not in results]
-        if others:
-            parts = [(part.index, run_whole(part, others)) for part in _whole_prompts(model, batch)]
-            order = torch.tensor([row for index, _ in parts for row in index]).argsort()
-            for i in others:
-                joined = torch.cat([columns[i] for _, columns in parts])
-                results[i] = joined[order.to(joined.device)]
-        return [results[i] for i in every]
-
-    return run
+    return ConditionLogits(model, conditions, memory)
 
 
 def _resumable(item: Intervention) -> bool:

@@ -159,4 +159,4 @@ def test_answers_under_several_vectors_are_those_of_questions_alone(model: Lvlm,
     assert_equal(results["plain"], answers_alone(model, data))
     for name, vector in vectors.items():
         assert_equal(results[name], answers_alone(model, data, partial(vector.applied, model)))
-        assert ("prefixes" in results[name].provenance) == (name == "last")
+        assert ("prefixes" in results[name].provenance) == (name != "image")

@@ -26,6 +26,10 @@ def conditions_of(lvlm: Lvlm) -> dict[str, list[Intervention]]:
             Intervention(Site.parse("decoder.L0.mlp_out"), Add(direction), "last"),
             Intervention(Site.parse(f"decoder.L{top}.z"), Zero(), "last", head=0),
         ],
+        "both positions": [
+            Intervention(Site.parse("decoder.L0.attn_out"), Add(direction), "all"),
+            Intervention(Site.parse(f"decoder.L{top}.mlp_out"), Add(direction), "last"),
+        ],
         "everywhere": [Intervention(Site.parse("decoder.L0.resid_post"), Add(direction), "all")],
         "image": [Intervention(Site.parse("decoder.L0.resid_post"), Zero(), "image:all")],
     }
@@ -54,7 +58,9 @@ def test_each_condition_equals_each_question_alone(family: str, caplog: pytest.L
 
 def test_the_prefix_runs_once_for_all_conditions_at_the_last_token() -> None:
     lvlm = model("llava")
-    conditions = {name: items for name, items in conditions_of(lvlm).items() if name not in ("everywhere", "image")}
+    conditions = {
+        name: items for name, items in conditions_of(lvlm).items() if name in ("plain", "head", "layer", "both")
+    }
     (batch,) = shared_batches(lvlm, questions())
     run = logits_under(lvlm, list(conditions.values()))
     with tokens_of(lvlm) as counts, tokens_of(lvlm, "projector.out") as pictures:
@@ -65,7 +71,19 @@ def test_the_prefix_runs_once_for_all_conditions_at_the_last_token() -> None:
     assert sum(pictures) == 3 * len(batch.encodings[0].tokens.image)
 
 
-def test_a_model_that_cannot_resume_runs_whole_prompts_with_a_warning(
+def test_the_prefix_runs_once_more_for_a_condition_at_all_tokens() -> None:
+    lvlm = model("llava")
+    conditions = conditions_of(lvlm)
+    (batch,) = shared_batches(lvlm, questions())
+    run = logits_under(lvlm, [[], conditions["everywhere"]])
+    assert run.continue_prefixes == (True, True)
+    assert logits_under(lvlm, list(conditions.values())).continue_prefixes == (True,) * 6 + (False,)
+    with tokens_of(lvlm) as counts:
+        run(batch)
+    assert sum(counts) == 2 * (sum(batch.lengths) + len(batch.index) * batch.tail)
+
+
+def test_conditions_that_cannot_resume_run_again_with_a_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from circuits.execution import patch_runner
@@ -78,10 +96,9 @@ def test_a_model_that_cannot_resume_runs_whole_prompts_with_a_warning(
     lvlm = model("llava")
     conditions = list(conditions_of(lvlm).values())
     (batch,) = shared_batches(lvlm, questions())
-    for name in ("record_tails", "record"):
-        monkeypatch.setattr(patch_runner, name, refused)
+    monkeypatch.setattr(patch_runner, "record_tails", refused)
     with caplog.at_level(logging.WARNING, "circuits.execution.patch_runner"):
         logits = logits_under(lvlm, conditions)(batch)
-    assert [record.getMessage().count("it is a test") for record in caplog.records] == [1, 1]
+    assert [record.getMessage().count("it is a test") for record in caplog.records] == [1]
     for items, got in zip(conditions, logits, strict=True):
         torch.testing.assert_close(got, alone(lvlm, items), rtol=1e-5, atol=5e-6)
