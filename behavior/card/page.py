@@ -143,7 +143,7 @@ def card_page(card: EvaluationCard) -> str:
     notes = [f"{f.model}, {f.benchmark}: {note}" for f in card.facts for note in f.notes]
     if notes:
         parts.append(f"<h2>Notes</h2>{_list(notes)}")
-    title = f"Evaluation card: {', '.join(card.models)}"
+    title = f"Evaluation card: {'; '.join(card.models)}"
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -169,7 +169,7 @@ def table_html(cells: Sequence[Sequence[str]]) -> str:
         group = [line[i] for i in grouped]
         if grouped and group != before:
             body.append(
-                f'<tr class="group"><th colspan="{len(used)}" scope="rowgroup">{_text(", ".join(group))}</th></tr>'
+                f'<tr class="group"><th colspan="{len(used)}" scope="rowgroup">{_text(": ".join(group))}</th></tr>'
             )
         before = group
         body.append("<tr>" + "".join(_cell(line[i]) for i in used) + "</tr>")

@@ -276,7 +276,7 @@ def summary_lines(card: EvaluationCard) -> list[str]:
     >>> from behavior.card import summary_lines
     >>> answers = gs.answer(gs.load_lvlm("tiny"), gs.scenes.dataset(10, splits=["random"]))
     >>> summary_lines(gs.evaluation_card({"tiny": {"scenes": answers}}))[0].split(" %")[0]
-    'tiny, scenes: 0.0'
+    'tiny on scenes: 0.0'
     """
     lines = []
     for total in (row for row in card.rows if row.level == ALL and row.task == ALL):
@@ -286,7 +286,7 @@ def summary_lines(card: EvaluationCard) -> list[str]:
             if (r.model, r.benchmark, r.task) == (total.model, total.benchmark, ALL) and r.level != ALL
         ]
         own.sort(key=lambda row: row.frequency.value)
-        text = f"{total.model}, {total.benchmark}: {share_text(total.frequency, unit=' %')} of {total.n:,} answers are wrong"
+        text = f"{total.model} on {total.benchmark}: {share_text(total.frequency, unit=' %')} of {total.n:,} answers are wrong"
         if len(own) > 1 and own[0].frequency.value < own[-1].frequency.value:
             most, fewest = own[-1], own[0]
             text += (
@@ -308,7 +308,7 @@ def ranking_lines(card: EvaluationCard) -> list[str]:
     """
     if len(card.models) < 2:
         return []
-    rankings = {name: ", ".join(card.ranking(name)) for name in card.profiles}
+    rankings = {name: "; ".join(card.ranking(name)) for name in card.profiles}
     if not all(rankings.values()):
         return ["The models are not ranked: no question was answered by all of them."]
     if len(set(rankings.values())) == 1:

@@ -143,7 +143,7 @@ def test_models_without_a_common_question_are_not_ranked() -> None:
     assert card.ranking() == []
     assert ranking_lines(card) == ["The models are not ranked: no question was answered by all of them."]
     same = evaluation_card({"worse": {"a": first}, "copy": {"a": first}})
-    assert ranking_lines(same)[0] == "Fewest errors first, under every profile: worse, copy."
+    assert ranking_lines(same)[0] == "Fewest errors first, under every profile: worse; copy."
 
 
 def test_tables_state_a_severity_once_and_name_each_model_once(card: EvaluationCard) -> None:
