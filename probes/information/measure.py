@@ -20,8 +20,6 @@ from probes.information.width_control import pad_site
 
 WIDTH = 64
 """Dimensions to which every site is reduced."""
-NOISE_DRAWS = 3
-"""Draws of noise of a width control, whose log-probabilities are averaged: with one draw its own luck passes for a fall."""
 
 
 def measure_information(
@@ -156,13 +154,10 @@ def measure_information(
         order = list(sites)
         for j in sorted({j for _, j in candidates}):
             # Only falls need the control, so that the cost of a path is that of its sites.
-            fitted_draws = []
-            for draw in range(NOISE_DRAWS):
-                padded = pad_site(arrays[order[j]], arrays[order[j + 1]], of_group, k=k, seed=seed + draw)
-                fitted_draws.append(fit_site(rows, reduce_folds(padded, outer, k), used, conditioning))
+            padded = pad_site(arrays[order[j]], arrays[order[j + 1]], of_group, k=k, seed=seed)
+            fitted = fit_site(rows, reduce_folds(padded, outer, k), used, conditioning)
             for m in (m for m, at in candidates if at == j):
-                log_p = np.mean([fitted[used[m]][1] for fitted in fitted_draws], axis=0)
-                controls[m, j] = pvi[m, j + 1] - (log_p - base[m])
+                controls[m, j] = pvi[m, j + 1] - (fitted[used[m]][1] - base[m])
         changes = summarize(order, used, differences, controls, draws) if len(sites) > 1 else ()
         mean, low, high, _ = (a.reshape(pvi.shape[:2]) for a in draws.measure(pvi.reshape(-1, len(classes)).T))
         bar.advance(task)
