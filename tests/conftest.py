@@ -39,7 +39,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Pa
             done = subprocess.run(
                 [sys.executable, "-m", "experiments", "name=whole", *SMALL],
                 cwd=folder, env={**os.environ, "PYTHONPATH": str(root), "COLUMNS": "200"},
-                capture_output=True, text=True, timeout=500, check=False,
+                capture_output=True, text=True, timeout=1500, check=False,
             )  # fmt: skip
             assert done.returncode == 0, done.stderr
             (folder / "done").write_text(done.stdout)

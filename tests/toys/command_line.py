@@ -15,7 +15,15 @@ from experiments.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
 FEW = ("data.n_images=10", "data.test_images=10", "threads=1")
-SMALL = ("data.n_images=80", "data.test_images=40", "patch.pairs=12", "steer.strengths=[1,2]", "threads=1")
+SMALL = (
+    "data.n_images=80",
+    "data.test_images=40",
+    "probe.C=[0.01,0.1]",
+    "probe.folds=2",
+    "patch.pairs=12",
+    "steer.strengths=[1,2]",
+    "threads=1",
+)
 """Options of the fixture `finished_run`."""
 TRACED = (*FEW, "trace=heads", "trace.batch_size=4")
 Command = Callable[..., tuple[int, str, str]]

@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
@@ -34,6 +37,16 @@ class Finished:
 
 
 @dataclass(frozen=True)
+class Alarm:
+    """A signal that a process sends to itself once a file exists, so that a slow machine does not send it too late."""
+
+    file: str
+    signal: signal.Signals
+    delay: float = 0.0
+    """Seconds between the file and the signal."""
+
+
+@dataclass(frozen=True)
 class Program:
     """What a process runs: the command with its options, or code, with a folder, import path and environment."""
 
@@ -44,6 +57,8 @@ class Program:
     environment: tuple[tuple[str, str], ...] = ()
     reload: bool = False
     """Import our packages again, from the import path of this process."""
+    alarm: Alarm | None = None
+    """The signal that the process sends to itself."""
 
 
 class Running:
@@ -54,13 +69,7 @@ class Running:
         self._process: ForkServerProcess = _SERVER.Process(target=_run, args=(program, self._folder.name))
         self._process.start()
 
-    @property
-    def pid(self) -> int:
-        """Number of the process, which is the number of its process group."""
-        assert self._process.pid is not None
-        return self._process.pid
-
-    def wait(self, timeout: float = 500) -> Finished:
+    def wait(self, timeout: float = 1500) -> Finished:
         """Wait for the end of the process; kill it after `timeout` seconds."""
         self._process.join(timeout)
         if self._process.exitcode is None:
@@ -73,9 +82,9 @@ class Running:
         return Finished(self._process.exitcode, *texts)
 
 
-def start_command(*options: str, cwd: Path) -> Running:
+def start_command(*options: str, cwd: Path, alarm: Alarm | None = None) -> Running:
     """Start `groundscope` with these options, in a folder."""
-    return Running(Program(str(cwd), options, environment=(("COLUMNS", "200"),)))
+    return Running(Program(str(cwd), options, environment=(("COLUMNS", "200"),), alarm=alarm))
 
 
 def run_code(
@@ -92,7 +101,8 @@ def run_code(
 
 
 def _run(program: Program, output: str) -> None:
-    os.setsid()
+    # Whoever starts the tests in the background may have it ignored, and that is passed on.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         file = os.open(f"{output}/{name}", os.O_WRONLY | os.O_CREAT)
         os.dup2(file, descriptor)
@@ -105,6 +115,8 @@ def _run(program: Program, output: str) -> None:
     if program.reload:
         for name in [name for name in sys.modules if name.partition(".")[0] in {"groundscope", *PACKAGES}]:
             del sys.modules[name]
+    if program.alarm is not None:
+        threading.Thread(target=_wait_and_send, args=(program.alarm,), daemon=True).start()
     if program.options is None:
         sys.argv = ["-c"]
         exec(compile(program.code, "<string>", "exec"), {"__name__": "__main__"})  # noqa: S102
@@ -113,3 +125,10 @@ def _run(program: Program, output: str) -> None:
 
     sys.argv = ["groundscope", *program.options]
     main()
+
+
+def _wait_and_send(alarm: Alarm) -> None:
+    while not Path(alarm.file).exists():
+        time.sleep(0.001)
+    time.sleep(alarm.delay)
+    os.kill(os.getpid(), alarm.signal)
