@@ -293,7 +293,17 @@ def compare_explanations(
 
 
 def explanation_frame(explanations: Sequence[Explanation]) -> pd.DataFrame:
-    """Return one row per explanation: its effects with intervals, and the verdict."""
+    """Return one row per explanation: its effects with intervals, and the verdict.
+
+    Examples
+    --------
+    >>> from diagnosis import Explanation, explanation_frame
+    >>> from groundscope.core.statistics import Estimate
+    >>> odds, change, nothing = Estimate(0.7, 0.5, 0.9, 100), Estimate(0.8, 0.3, 1.2, 30), Estimate(0.1, -0.1, 0.2, 30)
+    >>> row = Explanation("text over image", "1 - image", "doubled", 100, 30, odds, change, nothing, change, 0.5)
+    >>> explanation_frame([row])[["explanation", "odds_ratio", "change", "verdict"]].values.tolist()
+    [['text over image', 0.7, 0.8, 'supported']]
+    """
     import pandas as pd
 
     rows = []

@@ -157,7 +157,17 @@ def ability_gap(
 
 
 def ability_frame(abilities: tuple[LevelAbility, ...]) -> pd.DataFrame:
-    """Return one row per level: n, and each share with its interval."""
+    """Return one row per level: n, and each share with its interval.
+
+    Examples
+    --------
+    >>> from diagnosis import LevelAbility, ability_frame
+    >>> from groundscope.core.statistics import Estimate
+    >>> share = Estimate(0.9, 0.8, 1.0, 50)
+    >>> frame = ability_frame((LevelAbility("object", 50, share, share, share, Estimate(0.0, -0.1, 0.1, 50), ()),))
+    >>> frame[["level", "n", "tower", "gap"]].values.tolist()
+    [['object', 50, 0.9, 0.0]]
+    """
     import pandas as pd
 
     rows = []

@@ -715,6 +715,6 @@ def test_markup_from_data_stays_text() -> None:
 
     evil = '<script>alert("1")</script>'
     parts = [paragraph(evil), table([evil], [[evil]]), figure("<svg ></svg>", evil)]
-    text = page(evil, evil, [("a", evil, section("a", evil, *parts))])
+    text = page(evil, evil, [("a", evil, section("a", evil, *parts)), ("b", evil, section("b", "without markup"))])
     assert "<script" not in text
-    assert text.count("&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt;") == 10
+    assert text.count("&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt;") == 11
