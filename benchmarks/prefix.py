@@ -81,7 +81,7 @@ def main() -> None:
     parser = option_parser(__doc__, save=True, device=True, dtypes=("float32", "float16", "bfloat16"))
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="wall clock (default) or CPU seconds")
     args = parser.parse_args()
-    layers, heads, images, repetitions = (8, 8, 2, 2) if args.quick else (12, 16, 4, 5)
+    layers, heads, images, repetitions = (8, 8, 2, 5) if args.quick else (12, 16, 4, 5)
     dtype = getattr(torch, args.dtype)
     network = build_network(layers, heads, IMAGE_SIDE).to(args.device, dtype)
     model = wrap_lvlm(network, build_processor(IMAGE_SIDE), name="random", validate=False)
