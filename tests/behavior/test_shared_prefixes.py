@@ -17,6 +17,7 @@ from circuits import Add, Intervention, Zero, intervened
 from concepts.image_source import NoImage
 from concepts.schema import ConceptDataset
 from lvlm import Lvlm, Site, load_lvlm
+from lvlm.prefix_sharing import unshared_because
 from mitigation import SteeringVector, training_free_methods
 from mitigation.steering.changes import AddChange
 from mitigation.strength import answer_under
@@ -78,6 +79,7 @@ def test_answers_are_those_of_questions_alone(
 
 
 def test_each_image_and_prefix_runs_once(model: Lvlm, data: ConceptDataset) -> None:
+    assert unshared_because(model) == ""  # measured before tokens are counted
     encodings = [model.encode(e) for e in data]
     image = len(encodings[0].tokens.image)
     with tokens_of(model, "projector.out") as pictures, tokens_of(model, "decoder.L0.resid_post") as counts:
