@@ -153,7 +153,7 @@ def attention_balance(
                 weights[rows.layer] = rows.weights[:, :, -1]  # [rows, heads, keys]
 
             with read_attention(model, keep):
-                logits = model.logits(batch.inputs)
+                logits = model.logits(batch.inputs, batch.images)
             by_layer = torch.stack([weights[layer] for layer in sorted(weights)], dim=1).float().cpu().numpy()
             for row, number, encoding in zip(range(len(logits)), batch.index, batch.encodings, strict=True):
                 part = part_of_tokens(encoding.tokens, encoding.example.id)

@@ -235,7 +235,7 @@ def study_representation(
         texts, selection = _texts(data, images)
         sides = attempt("alignment", lambda: _trace_sides(model, texts, selection, Path(folder), options))
         scores = None if sides is None else attempt(
-            "alignment", lambda: _align(sides, selection, permutations=permutations, seed=seed, progress=progress)
+            "alignment", lambda: _align(sides, selection, images, permutations=permutations, seed=seed, progress=progress)
         )  # fmt: skip
         paths = {}
         concept = attempt("image path", lambda: choose_concept(store, rows))
@@ -321,12 +321,13 @@ def _first_of_groups(store: ActivationStore, count: int) -> np.ndarray:
 def _align(
     sides: tuple[ActivationStore, ActivationStore],
     selection: str,
+    images: int,
     *,
     permutations: int,
     seed: int,
     progress: bool | None,
 ) -> LayerAlignment:
-    rows = _first_of_groups(sides[0], IMAGES) if selection.startswith("answer") else None
+    rows = _first_of_groups(sides[0], images) if selection.startswith("answer") else None
     return measure_layers(
         *sides, text=selection, rows=rows, permutations=permutations, resamples=200, seed=seed, progress=progress
     )

@@ -77,6 +77,26 @@ def test_captions_are_one_for_each_image_and_true() -> None:
     assert len({e.id for e in captions}) == len(captions)
 
 
+def test_no_more_images_than_requested_are_compared_with_captions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = gs.load_lvlm("tiny", validate=False)
+    data = gs.scenes.dataset(150, splits=("neutral",)).where(kind="color")
+    store = gs.trace(model, data, sites=["resid_post"], tokens=["last"], out=tmp_path / "store", progress=False)
+    compared: list[int] = []
+
+    def count(*stores: Any, rows: np.ndarray | None = None, **options: Any) -> Any:
+        result = measure_layers(*stores, rows=rows, **options)
+        if rows is not None:
+            compared.append(len(result.ids))
+        return result
+
+    monkeypatch.setattr("diagnosis.representation.measure_layers", count)
+    study = gs.study_representation(model, data, store, images=15, permutations=0, resamples=20, progress=False)
+    assert study.provenance["texts"] == "captions"
+    assert compared == [15]
+
+
 def make_study() -> RepresentationStudy:
     rng = np.random.default_rng(0)
     z = np.arange(120) % 2
